@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Gets what the tests need beyond Go, one line per step. Idempotent, and silent
+# on the network when everything is there.
+#
+#	setup-test.sh           a C compiler, an OCI registry, an OpenTelemetry Collector
+#	setup-test.sh cosign    cosign, for the test that lets it verify our signatures
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/lib.sh
+
+otelcol_version=v0.162.0
+cosign_version=v3.1.3
+
+command -v go >/dev/null || die "no go on the PATH: install Go $(awk '$1 == "go" { print $2 }' go.mod) or newer from https://go.dev/dl/"
+mkdir -p "$cache_bin"
+exec 9>"$cache_bin/.lock"
+flock 9 # two checkouts may set up at once
+
+# scratch makes the directory $scratch in the cache: on its file system, so
+# that what was built there is moved into place in one step.
+scratch() {
+	scratch=$(mktemp -d "$cache_bin/.build-XXXXXX")
+	trap 'chmod -R u+w "$scratch"; rm -rf "$scratch"' EXIT
+}
+
+# The race detector is the only thing here that needs cgo.
+compiler() {
+	works() { printf '#include <stdlib.h>\nint main(void) { return 0; }\n' | gcc -x c -o /dev/null - 2>/dev/null; }
+	if works; then
+		say gcc "$(command -v gcc)"
+		return
+	fi
+	say gcc "installing gcc and libc6-dev"
+	apt_install gcc libc6-dev
+	works || die "gcc is installed but compiles nothing: try: echo 'int main(void){}' | gcc -x c -"
+}
+
+# The package is unpacked, not installed: installing starts a registry as a
+# service on every address of the machine, and unpacking needs no root.
+registry() {
+	local found
+	if found=$(command -v docker-registry || ls "$cache_bin/docker-registry" 2>/dev/null); then
+		say docker-registry "$found"
+		return
+	fi
+	command -v apt-get >/dev/null || die "no docker-registry here and no apt-get to get it: put a docker-registry (distribution 2.8 or newer) on the PATH"
+	say docker-registry "fetching the Debian package"
+	scratch
+	chmod 755 "$scratch"
+	if ! (cd "$scratch" && apt-get download -qq docker-registry >/dev/null 2>&1); then
+		as_root apt-get update -qq
+		(cd "$scratch" && apt-get download -qq docker-registry >/dev/null)
+	fi
+	dpkg-deb -x "$scratch"/docker-registry_*.deb "$scratch/root"
+	mv "$scratch/root/usr/bin/docker-registry" "$cache_bin/docker-registry"
+	rm -rf "$scratch"
+	say docker-registry "$cache_bin/docker-registry"
+}
+
+# A collector with just the parts that the path node -> collector -> control
+# plane uses. Its builder file is kept beside it: another file, another build.
+collector() {
+	local bin=$cache_bin/otelcol-$otelcol_version config=internal/e2e/otelcol/builder.yaml
+	if [ -x "$bin" ] && cmp -s "$config" "$bin.builder.yaml"; then
+		say otelcol "$bin"
+		return
+	fi
+	say otelcol "building $otelcol_version from Go modules (about 3 min, once)"
+	scratch
+	cp "$config" "$scratch/builder.yaml"
+	if ! (cd "$scratch" && GOFLAGS=-buildvcs=false GOWORK=off CGO_ENABLED=0 \
+		go run "go.opentelemetry.io/collector/cmd/builder@$otelcol_version" --config builder.yaml) >"$cache_bin/otelcol-build.log" 2>&1; then
+		tail -n 20 "$cache_bin/otelcol-build.log" >&2
+		die "the collector does not build; the whole output is in $cache_bin/otelcol-build.log"
+	fi
+	mv "$scratch/out/otelcol" "$bin"
+	cp "$config" "$bin.builder.yaml"
+	rm -rf "$scratch"
+	say otelcol "$bin"
+}
+
+cosign() {
+	local bin=$cache_bin/cosign-$cosign_version
+	if [ -x "$bin" ]; then
+		say cosign "$bin"
+		return
+	fi
+	say cosign "building $cosign_version from Go modules (about 4 min, once)"
+	scratch
+	GOFLAGS=-buildvcs=false GOWORK=off CGO_ENABLED=0 GOBIN=$scratch \
+		go install -trimpath -ldflags '-s -w' "github.com/sigstore/cosign/v3/cmd/cosign@$cosign_version"
+	mv "$scratch/cosign" "$bin"
+	rm -rf "$scratch"
+	say cosign "$bin"
+}
+
+case ${1:-} in
+"")
+	compiler
+	registry
+	collector
+	;;
+cosign) cosign ;;
+*) die "unknown argument $1: use none, or cosign" ;;
+esac
