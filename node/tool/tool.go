@@ -1,0 +1,252 @@
+// Package tool holds the tools of a node: their definitions, as tools.yaml
+// gives them, and the registry through which node/call runs them.
+//
+// Life of a tool: Load reads tools.yaml strictly and builds one Tool per kind,
+// its JSON Schema compiled, its definition hashed. A caller's params are
+// checked with Validate before policy sees them; when policy has allowed the
+// call and the decision is durable, Registry.Execute runs the Executor behind
+// the tool within the narrowest of four limits: the tool's own, the caller's,
+// the policy's constraints, the context's. Nothing else starts a tool.
+//
+// A tool can be refused at this last step (OutcomeDenied): the policy judged the
+// words of the call, the executor sees what they mean, such as the address that
+// a host name resolves to.
+//
+// Units: durations are time.Duration, sizes are bytes. A Registry and its Tools
+// are immutable after Load and safe for concurrent use; reloading makes another.
+//
+// Only node, node/call, node/httpapi, node/mcp and the CLI's lock command may
+// import this package; only node/call may call Registry.Execute (INV-14).
+package tool
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/gowebpki/jcs"
+	"github.com/santhosh-tekuri/jsonschema/v6"
+
+	"github.com/autonomyops/autonomy/internal/strictjson"
+	"github.com/autonomyops/autonomy/node/tool/executor"
+	"github.com/autonomyops/autonomy/node/tool/httptool"
+)
+
+// The vocabulary of package executor, under the name that callers use.
+type (
+	Request  = executor.Request
+	Result   = executor.Result
+	Outcome  = executor.Outcome
+	Executor = executor.Executor
+)
+
+// Outcomes.
+const (
+	OutcomeOK      = executor.OK
+	OutcomeError   = executor.Error
+	OutcomeTimeout = executor.Timeout
+	OutcomeKilled  = executor.Killed
+	OutcomeDenied  = executor.Denied
+)
+
+// Codes that the registry itself gives; each kind of tool documents its own.
+const (
+	CodePanic         = "internal"           // the executor panicked: a fault of ours
+	CodeOutputInvalid = "output_invalid"     // not a JSON object in UTF-8
+	CodeOutputTooBig  = "output_too_large"   // over executor.MaxOutput
+	CodeConstraint    = "constraint_refused" // policy set a limit that cannot be kept here
+)
+
+// Limits of a tool unless tools.yaml says otherwise.
+const (
+	DefaultTimeout = 30 * time.Second // wall time of one call
+	MaxTimeout     = time.Hour        // the most that tools.yaml may give
+)
+
+// Tool is one definition. Callers must not change it.
+type Tool struct {
+	Kind        string          // "tool.exec.word_count"
+	Description string          // for the agent
+	InputSchema json.RawMessage // JSON Schema 2020-12 of the params object
+	Digest      string          // "sha256:" + 64 hex over the RFC 8785 form of {"description","input_schema","kind"}
+	Timeout     time.Duration   // wall time of one call, at most
+
+	schema *jsonschema.Schema
+	exec   Executor
+}
+
+// Definition is what Digest is computed over.
+type definition struct {
+	Description string          `json:"description"`
+	InputSchema json.RawMessage `json:"input_schema"`
+	Kind        string          `json:"kind"`
+}
+
+// New makes a Tool: it compiles the schema and computes the digest. A schema
+// that does not compile, or that refers to another document, is an error.
+func New(kind, description string, schema json.RawMessage, timeout time.Duration, e Executor) (*Tool, error) {
+	def, err := json.Marshal(definition{description, schema, kind})
+	if err != nil {
+		return nil, fmt.Errorf("tool %s: definition: %w", kind, err)
+	}
+	canonical, err := jcs.Transform(def)
+	if err != nil {
+		return nil, fmt.Errorf("tool %s: definition: %w", kind, err)
+	}
+	sum := sha256.Sum256(canonical)
+	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(schema))
+	if err != nil {
+		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
+	}
+	c := jsonschema.NewCompiler()
+	c.DefaultDraft(jsonschema.Draft2020)
+	c.UseLoader(noLoader{})
+	const url = "tool:input"
+	if err := c.AddResource(url, doc); err != nil {
+		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
+	}
+	compiled, err := c.Compile(url)
+	if err != nil {
+		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
+	}
+	return &Tool{Kind: kind, Description: description, InputSchema: schema, Timeout: timeout,
+		Digest: "sha256:" + hex.EncodeToString(sum[:]), schema: compiled, exec: e}, nil
+}
+
+// noLoader keeps a schema from reading files or the network.
+type noLoader struct{}
+
+func (noLoader) Load(url string) (any, error) {
+	return nil, fmt.Errorf("reference to %s: a tool's schema stands alone", url)
+}
+
+// ErrParams is wrapped by every error of Validate.
+var ErrParams = errors.New("invalid params")
+
+// Validate checks params, one strict JSON object, against the tool's schema.
+// The error names the path of the first faults, as in
+//
+//	invalid params: /endpoint: got number, want string
+func (t *Tool) Validate(params []byte) error {
+	if err := strictjson.CheckObject(params); err != nil {
+		return fmt.Errorf("%w: %w", ErrParams, err)
+	}
+	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(params))
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrParams, err)
+	}
+	err = t.schema.Validate(doc)
+	if err == nil {
+		return nil
+	}
+	var ve *jsonschema.ValidationError
+	if !errors.As(err, &ve) {
+		return fmt.Errorf("%w: %w", ErrParams, err)
+	}
+	var faults []string
+	for _, u := range ve.BasicOutput().Errors {
+		if u.Error == nil || len(faults) == maxFaults {
+			continue
+		}
+		text := u.Error.String()
+		if len(text) > maxFaultText {
+			text = strings.ToValidUTF8(text[:maxFaultText], "") + "…"
+		}
+		faults = append(faults, cmp.Or(u.InstanceLocation, "/")+": "+text)
+	}
+	return fmt.Errorf("%w: %s", ErrParams, strings.Join(faults, "; "))
+}
+
+// What Validate tells at most: faults, and bytes of each.
+const (
+	maxFaults    = 4
+	maxFaultText = 256
+)
+
+// Options are what Load needs beside the file. The zero value is right for the
+// node.
+type Options struct {
+	Resolver httptool.Resolver // nil: the system's
+	Logger   *slog.Logger      // nil: nothing is logged
+}
+
+// Registry is the set of tools of a node.
+type Registry struct {
+	tools  map[string]*Tool
+	sorted []*Tool
+	log    *slog.Logger
+	closer []func() error
+}
+
+// Lookup finds a tool by its kind.
+func (r *Registry) Lookup(kind string) (*Tool, bool) {
+	t, ok := r.tools[kind]
+	return t, ok
+}
+
+// List returns the tools sorted by kind. The slice is the caller's, the tools
+// are shared.
+func (r *Registry) List() []*Tool { return slices.Clone(r.sorted) }
+
+// Close releases what the tools hold (directories). Calls must have ended.
+func (r *Registry) Close() error {
+	var errs []error
+	for _, c := range r.closer {
+		errs = append(errs, c())
+	}
+	return errors.Join(errs...)
+}
+
+// Execute runs t for req within the narrowest limit of time. It does not panic:
+// a panic of the executor becomes an error. Output is checked: whatever the
+// tool made, what leaves here is a JSON object in valid UTF-8 within
+// executor.MaxOutput, or none.
+func (r *Registry) Execute(ctx context.Context, t *Tool, req *Request) (res Result) {
+	limit := t.Timeout
+	if req.Timeout > 0 {
+		limit = min(limit, req.Timeout)
+	}
+	if ms := req.Constraints.TimeoutMS; ms != 0 {
+		if ms < 0 {
+			return executor.Deny(CodeConstraint, fmt.Sprintf("policy set timeout_ms to %d, want a positive number", ms))
+		}
+		if ms < int64(limit/time.Millisecond) {
+			limit = time.Duration(ms) * time.Millisecond
+		}
+	}
+	if n := req.Constraints.OutputMaxBytes; n < 0 {
+		return executor.Deny(CodeConstraint, fmt.Sprintf("policy set output_max_bytes to %d, want a positive number", n))
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	defer func() {
+		if p := recover(); p != nil {
+			r.log.Error("tool panicked", "kind", t.Kind, "audit_id", req.AuditID, "panic", p, "stack", string(debug.Stack()))
+			res = executor.Fail(CodePanic, "the tool failed inside; the node's log has the cause")
+		}
+	}()
+	if ctx.Err() != nil {
+		return executor.Stopped(ctx)
+	}
+	res = t.exec.Execute(ctx, req)
+	res.Message = strings.ToValidUTF8(res.Message, "\uFFFD")
+	switch {
+	case res.Output == nil:
+	case len(res.Output) > executor.MaxOutput:
+		return executor.Fail(CodeOutputTooBig, fmt.Sprintf("the tool's output has %d bytes, at most %d are kept: lower its output limit in tools.yaml", len(res.Output), executor.MaxOutput))
+	case !utf8.Valid(res.Output) || !json.Valid(res.Output) || res.Output[0] != '{':
+		return executor.Fail(CodeOutputInvalid, "the tool's output is no JSON object in UTF-8")
+	}
+	return res
+}
