@@ -1,17 +1,14 @@
 package tool
 
 import (
-	"cmp"
+	"bytes"
 	"encoding"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"reflect"
 	"strings"
 	"time"
-
-	"bytes"
 
 	"go.yaml.in/yaml/v3"
 
@@ -212,18 +209,3 @@ func (t *duration) UnmarshalText(b []byte) error {
 	*t = duration(v)
 	return nil
 }
-
-// tool makes the Tool once its executor stands.
-func (c *common) tool(kind, description string, schema json.RawMessage, e Executor) (*Tool, error) {
-	limit := cmp.Or(time.Duration(c.Timeout), DefaultTimeout)
-	if limit > MaxTimeout {
-		return nil, fmt.Errorf("timeout %s is over the most that a tool may have, %s", limit, MaxTimeout)
-	}
-	if len(c.Description) > maxDescription {
-		return nil, fmt.Errorf("description has %d bytes, at most %d", len(c.Description), maxDescription)
-	}
-	return New(kind, cmp.Or(c.Description, description), schema, limit, e)
-}
-
-// maxDescription bounds what is sent to every agent with GET /v1/tools.
-const maxDescription = 4096

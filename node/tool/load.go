@@ -1,17 +1,27 @@
 package tool
 
 import (
+	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"os"
+	"regexp"
 	"slices"
+	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/node/tool/echotool"
+	"github.com/autonomyops/autonomy/node/tool/exectool"
+	"github.com/autonomyops/autonomy/node/tool/fstool"
+	"github.com/autonomyops/autonomy/node/tool/httptool"
 )
 
 // MaxFileBytes bounds tools.yaml. 1 MiB.
@@ -53,7 +63,7 @@ func parse(file string, data []byte, o Options) (*Registry, error) {
 	r := &Registry{tools: map[string]*Tool{}, log: o.Logger}
 	for _, e := range entries {
 		t, err := r.build(d, e, o)
-		if err != nil {
+		for _, err := range split(err) {
 			d.fault(e.line, "%s: %w", e.kind, err)
 		}
 		if t != nil {
@@ -69,6 +79,17 @@ func parse(file string, data []byte, o Options) (*Registry, error) {
 	return r, nil
 }
 
+// split takes joined faults apart, so that each is reported with its line.
+func split(err error) []error {
+	if err == nil {
+		return nil
+	}
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	return []error{err}
+}
+
 // entry is one tool of the file.
 type entry struct {
 	kind string
@@ -76,21 +97,140 @@ type entry struct {
 	node *yaml.Node
 }
 
-// common is what every kind of tool can be given.
-type common struct {
-	Description string   `yaml:"description"`
-	Timeout     duration `yaml:"timeout"`
-}
+// What each kind of tool can be given in tools.yaml. The embedded common holds
+// for all.
+type (
+	common struct {
+		Description string   `yaml:"description"`
+		Timeout     duration `yaml:"timeout"`
+	}
+	httpConfig struct {
+		common
+		Hosts        []string       `yaml:"hosts"`
+		AllowPrivate []netip.Prefix `yaml:"allow_private"`
+		MaxBytes     conf.Size      `yaml:"max_bytes"`
+	}
+	httpRequestConfig struct {
+		httpConfig
+		Methods []string `yaml:"methods"`
+	}
+	processConfig struct {
+		common
+		Env       []string  `yaml:"env"`
+		Dir       string    `yaml:"dir"`
+		OutputMax conf.Size `yaml:"output_max"`
+	}
+	execConfig struct {
+		processConfig
+		Argv   []string                  `yaml:"argv"`
+		Params map[string]exectool.Param `yaml:"params"`
+		Stdin  string                    `yaml:"stdin"`
+	}
+	fsConfig struct {
+		common
+		Root     string    `yaml:"root"`
+		MaxBytes conf.Size `yaml:"max_bytes"`
+	}
+)
+
+// kinds are the tools there are; execPrefix takes a name of the file's choice.
+var kinds = []string{"tool.echo", "tool.exec.", "tool.fs.read", "tool.fs.write", "tool.http_get", "tool.http_request", "tool.shell"}
+
+const execPrefix = "tool.exec."
+
+var execName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,62}$`)
+
+// defaultMethods are those of tool.http_request when none are configured.
+var defaultMethods = []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
 
 // build makes the tool of e. A nil Tool means that faults were recorded.
 func (r *Registry) build(d *decoder, e entry, o Options) (*Tool, error) {
-	switch e.kind {
-	case "tool.echo":
+	switch {
+	case e.kind == "tool.echo":
 		var c common
 		if !d.decode(e.node, &c) {
 			return nil, nil
 		}
 		return c.tool(e.kind, echotool.Description, echotool.Schema, echotool.Tool{})
+	case e.kind == "tool.http_get":
+		var c httpConfig
+		if !d.decode(e.node, &c) {
+			return nil, nil
+		}
+		return c.build(e.kind, "Fetch a URL of a listed host with GET.", nil, o)
+	case e.kind == "tool.http_request":
+		var c httpRequestConfig
+		if !d.decode(e.node, &c) {
+			return nil, nil
+		}
+		if c.Methods == nil {
+			c.Methods = defaultMethods
+		}
+		return c.build(e.kind, "Send an HTTP request to a listed host.", c.Methods, o)
+	case e.kind == "tool.shell":
+		var c processConfig
+		if !d.decode(e.node, &c) {
+			return nil, nil
+		}
+		t, err := exectool.NewShell(exectool.Config{Env: c.Env, Dir: c.Dir, OutputMax: int64(c.OutputMax)})
+		if err != nil {
+			return nil, err
+		}
+		return c.tool(e.kind, exectool.ShellDescription, t.Schema(), t)
+	case strings.HasPrefix(e.kind, execPrefix):
+		var c execConfig
+		if !execName.MatchString(e.kind[len(execPrefix):]) {
+			return nil, errors.New("the name after tool.exec. wants lower-case letters, digits and _, at most 63")
+		}
+		if !d.decode(e.node, &c) {
+			return nil, nil
+		}
+		t, err := exectool.New(exectool.Config{Argv: c.Argv, Params: c.Params, Stdin: c.Stdin, Env: c.Env, Dir: c.Dir, OutputMax: int64(c.OutputMax)})
+		if err != nil {
+			return nil, err
+		}
+		return c.tool(e.kind, "Run "+c.Argv[0]+".", t.Schema(), t)
+	case e.kind == "tool.fs.read", e.kind == "tool.fs.write":
+		var c fsConfig
+		if !d.decode(e.node, &c) {
+			return nil, nil
+		}
+		open, description := fstool.NewRead, "Read a file under the tool's root."
+		if e.kind == "tool.fs.write" {
+			open, description = fstool.NewWrite, "Write a file under the tool's root, whole or not at all."
+		}
+		t, err := open(fstool.Config{Root: c.Root, MaxBytes: int64(c.MaxBytes)})
+		if err != nil {
+			return nil, err
+		}
+		r.closer = append(r.closer, t.Close)
+		return c.tool(e.kind, description, t.Schema(), t)
 	}
-	return nil, errors.New("unknown tool")
+	if best := conf.Nearest(e.kind, slices.Clone(kinds)); best != "" {
+		return nil, fmt.Errorf("no such tool: did you mean %q?", best)
+	}
+	return nil, fmt.Errorf("no such tool: there are %s (tool.exec. takes a name)", strings.Join(kinds, ", "))
 }
+
+func (c *httpConfig) build(kind, description string, methods []string, o Options) (*Tool, error) {
+	t, err := httptool.New(httptool.Config{Hosts: c.Hosts, AllowPrivate: c.AllowPrivate, MaxBytes: int64(c.MaxBytes), Methods: methods, Resolver: o.Resolver})
+	if err != nil {
+		return nil, err
+	}
+	return c.tool(kind, description, t.Schema(), t)
+}
+
+// tool makes the Tool once its executor stands.
+func (c *common) tool(kind, description string, schema json.RawMessage, e Executor) (*Tool, error) {
+	limit := cmp.Or(time.Duration(c.Timeout), DefaultTimeout)
+	if limit > MaxTimeout {
+		return nil, fmt.Errorf("timeout %s is over the most that a tool may have, %s", limit, MaxTimeout)
+	}
+	if len(c.Description) > maxDescription {
+		return nil, fmt.Errorf("description has %d bytes, at most %d", len(c.Description), maxDescription)
+	}
+	return New(kind, cmp.Or(c.Description, description), schema, limit, e)
+}
+
+// maxDescription bounds what is sent to every agent with GET /v1/tools.
+const maxDescription = 4096
