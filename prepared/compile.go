@@ -1,0 +1,210 @@
+package prepared
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/metrics"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/storage"
+	"github.com/open-policy-agent/opa/v1/storage/inmem"
+)
+
+// ErrCompile is wrapped by every error of Compile: the bundle can be read, but
+// its policy is not one that can decide.
+var ErrCompile = errors.New("policy does not compile")
+
+// RefusedBuiltins maps the OPA builtins that a policy cannot call to the reason.
+// What they return is not a function of bundle and input, so a decision made
+// with them could not be replayed (INV-17).
+var RefusedBuiltins = map[string]string{
+	"http.send":              "it reaches the network: put what it would fetch into the bundle's data.json",
+	"net.lookup_ip_addr":     "it asks DNS: list hosts by name in data.json, the node pins the address when it dials",
+	"opa.runtime":            "it reads the process: use input.node",
+	"rand.intn":              "it is random: derive a number from the input, for example by crypto.sha256",
+	"uuid.rfc4122":           "it is random: the node gives every call an audit_id",
+	"io.jwt.decode_verify":   "it reads the clock: verify with io.jwt.verify_* and compare the claims with input.time_ns",
+	"io.jwt.encode_sign":     "it signs with randomness, and a key in a policy is no secret",
+	"io.jwt.encode_sign_raw": "it signs with randomness, and a key in a policy is no secret",
+	"json.match_schema":      "it follows $ref to the network: tools validate their parameters before policy is asked",
+	"json.verify_schema":     "it follows $ref to the network: tools validate their parameters before policy is asked",
+	"crypto.x509.parse_and_verify_certificates":              "it reads the machine's clock and trust store",
+	"crypto.x509.parse_and_verify_certificates_with_options": "it reads the machine's clock and trust store",
+}
+
+// keptNondeterministic are builtins that OPA calls nondeterministic and that
+// are made deterministic here.
+var keptNondeterministic = map[string]bool{
+	"time.now_ns": true, // EvalTime: input.time_ns
+}
+
+// capabilities is OPA's language without the refused builtins and without
+// network. A builtin that a later OPA adds and marks nondeterministic is absent
+// too, named above or not.
+var capabilities = sync.OnceValue(func() *ast.Capabilities {
+	c := ast.CapabilitiesForThisVersion()
+	c.Builtins = slices.DeleteFunc(c.Builtins, func(b *ast.Builtin) bool {
+		_, refused := RefusedBuiltins[b.Name]
+		return refused || b.IsNondeterministic() && !keptNondeterministic[b.Name]
+	})
+	c.AllowNet = []string{}
+	return c
+})
+
+// Program is a compiled policy. It is immutable and safe for concurrent use; it
+// holds the bundle's data in memory and no other resource.
+type Program struct {
+	bundle   *Bundle
+	query    rego.PreparedEvalQuery
+	options  []rego.EvalOption // those that are the same for every evaluation
+	usesTime bool              // calls time.now_ns
+}
+
+// Bundle is what the program was compiled from.
+func (p *Program) Bundle() *Bundle { return p.bundle }
+
+// Compile makes b ready to evaluate. It refuses, with an error that wraps
+// ErrCompile and names file and line: calls of RefusedBuiltins, a negation
+// without `import rego.v2` (see the package comment), rules and data at one
+// path, and a bundle that does not define its entrypoint.
+func Compile(ctx context.Context, b *Bundle) (*Program, error) {
+	p, err := compile(ctx, b)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCompile, err)
+	}
+	return p, nil
+}
+
+func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			p, err = nil, fmt.Errorf("the compiler panicked: %v", r)
+		}
+	}()
+	if b == nil || b.parsed == nil {
+		return nil, errors.New("the bundle was not made by ReadBundle")
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	modules := make(map[string]*ast.Module, len(b.parsed.Modules))
+	for _, m := range b.parsed.Modules {
+		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
+	}
+	if err := errors.Join(checkModules(modules)...); err != nil {
+		return nil, err
+	}
+
+	// One store per program, holding AST values, never written again. The one
+	// read transaction lives as long as the program and is freed with it.
+	store := inmem.NewFromObjectWithOpts(b.parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	txn, err := store.NewTransaction(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open data: %w", err)
+	}
+	c := ast.NewCompiler().
+		WithCapabilities(capabilities()).
+		WithDefaultRegoVersion(ast.RegoV1).
+		WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
+	if c.Compile(modules); c.Failed() {
+		return nil, c.Errors
+	}
+	entry := entryRef(b.Entrypoint)
+	if len(c.GetRulesExact(entry)) == 0 {
+		return nil, fmt.Errorf("no rule %s: define it, or name another in the manifest's metadata.autonomy.entrypoint%s",
+			entry, nearest(b.Entrypoint, entrypoints(modules)))
+	}
+	query, err := rego.New(
+		rego.ParsedQuery(ast.NewBody(ast.NewExpr(ast.NewTerm(entry)))),
+		rego.Compiler(c),
+		rego.Capabilities(capabilities()),
+		rego.Store(store),
+		rego.Transaction(txn),
+		rego.StrictBuiltinErrors(true),
+		rego.SetRegoVersion(ast.RegoV1),
+		rego.Target("rego"),
+	).PrepareForEval(ctx)
+	if err != nil {
+		return nil, err
+	}
+	usesTime := false
+	if c.Required != nil {
+		usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
+	}
+	return &Program{
+		bundle: b, query: query, usesTime: usesTime,
+		options: []rego.EvalOption{
+			rego.EvalTransaction(txn),
+			rego.EvalMetrics(metrics.NoOp()),
+			rego.EvalGenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
+		},
+	}, nil
+}
+
+// entryRef turns "autonomy/decision" into data.autonomy.decision.
+func entryRef(path string) ast.Ref {
+	ref := ast.Ref{ast.DefaultRootDocument}
+	for s := range strings.SplitSeq(path, "/") {
+		ref = append(ref, ast.StringTerm(s))
+	}
+	return ref
+}
+
+// entrypoints lists what could have been meant by an entrypoint.
+func entrypoints(modules map[string]*ast.Module) []string {
+	seen := map[string]bool{}
+	for _, m := range modules {
+		for _, r := range m.Rules {
+			if p, err := r.Ref().GroundPrefix().Ptr(); err == nil {
+				seen[p] = true
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(seen))
+}
+
+// checkModules finds what must not be in a policy, in order of file and line,
+// so that the error is ours and not "undefined function".
+func checkModules(modules map[string]*ast.Module) []error {
+	var faults []error
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		m := modules[name]
+		notFixed := m.RegoVersion() == ast.RegoV2 || importsRegoV2(m)
+		ast.WalkExprs(m, func(e *ast.Expr) bool {
+			if e.IsNegated() && !notFixed {
+				notFixed = true // once per file says it
+				faults = append(faults, fmt.Errorf("%s: `not` without `import rego.v2`: a missing input field would turn this negation off; add the import below the package line", position(name, e.Location)))
+			}
+			return false
+		})
+		ast.WalkRefs(m, func(r ast.Ref) bool {
+			if why, ok := RefusedBuiltins[r.String()]; ok {
+				faults = append(faults, fmt.Errorf("%s: %s is not available in a policy: %s", position(name, r[0].Location), r, why))
+			}
+			return false
+		})
+	}
+	return faults
+}
+
+func position(file string, l *ast.Location) string {
+	if l == nil {
+		return file
+	}
+	return fmt.Sprintf("%s:%d", file, l.Row)
+}
+
+var futureNot = ast.MustParseRef("future.keywords.not")
+
+func importsRegoV2(m *ast.Module) bool {
+	return slices.ContainsFunc(m.Imports, func(i *ast.Import) bool {
+		ref, ok := i.Path.Value.(ast.Ref)
+		return ok && (ref.Equal(ast.RegoV2CompatibleRef) || ref.Equal(futureNot))
+	})
+}

@@ -1,0 +1,54 @@
+// Package prepared holds policy: it reads a bundle, compiles it, evaluates one
+// tool call against it, and keeps the bundle that is in force on disk.
+//
+// Life of a policy:
+//
+//	directory of .rego and data  --BuildBundle-->  bundle bytes (tar.gz)
+//	bundle bytes   --ReadBundle-->  *Bundle   checked archive, manifest, parsed
+//	*Bundle        --Compile----->  *Program  ready to evaluate
+//	*Program       --Slots.Activate-->  in force, on disk as active, former as lkg
+//	*Program       --Eval-------->  Decision
+//
+// What is refused is refused early: an archive that two readers could read in
+// two ways does not become a Bundle, and a bundle whose decision could depend
+// on anything but its bytes and the input does not become a Program.
+//
+// # Rego
+//
+// Modules are Rego v1. A module that negates (`not`) must `import rego.v2`
+// (OPA 1.21 and later), or the manifest must say rego_version 2. Without it
+// OPA evaluates the operands of a negation before the negation: in
+//
+//	deny if not startswith(input.params.path, "/srv/")
+//
+// a call without params.path makes the whole body undefined, so nothing is
+// denied. With rego.v2 semantics the body of the negation is what is undefined,
+// so the negation holds and the call is denied. Modules without a negation
+// behave the same either way and need no import.
+//
+// # Fail closed
+//
+// Eval returns the zero Decision, which denies, with every error. An error
+// wraps one of ErrUndefined, ErrEvaluation, ErrResult and ErrBudget. Nothing
+// becomes an allow that the policy did not say in full: an unknown field in its
+// answer, a limit of zero, or a reason of the wrong type denies the call.
+//
+// # Replay
+//
+// A decision is a function of bundle and input (INV-17). Builtins that look at
+// anything else are absent: see RefusedBuiltins. time.now_ns gives the time_ns
+// of the input.
+//
+// # Concurrency
+//
+// Bundle and Program are immutable and safe for concurrent use. Slots.Current
+// is one atomic load and never blocks; Activate and Rollback exclude each other.
+//
+// # Units
+//
+// Sizes are bytes. Digests are "sha256:" and 64 hex digits over the bundle
+// file's own bytes.
+//
+// Only node (for enforcement) and cmd/autonomy (build, test, replay, explain)
+// may import this package (INV-19).
+package prepared
