@@ -28,7 +28,7 @@ var Table = []Requirement{
 	{"landlock", Degraded, OK, "a tool can open any file that its user can"},
 	{"seccomp", OK, OK, "a tool can use every system call"},
 	{"privileges", "", Degraded, "the kernel's means cannot be set up"},
-	{"clock", Degraded, OK, "times in records and expiry checks can be wrong"},
+	{"clock", Degraded, Degraded, "times in records and expiry checks can be wrong"},
 }
 
 // rank orders results; a missing check ranks lowest.
@@ -66,11 +66,21 @@ func ParseLevel(s string) (Level, error) {
 	return "", fmt.Errorf("assurance level %q: want none, reduced or full", s)
 }
 
-// Meets reports whether the report's level is at least min. The error tells
-// which checks stand in the way and what to do about each.
+// ErrStateDir is wrapped by the error of Meets when the state directory is
+// remote, or leads outside of itself. No minimum allows that (INV-01).
+var ErrStateDir = errors.New("the state directory cannot be used")
+
+// Meets reports whether the report's level is at least min, and the state
+// directory is local. The error tells which checks stand in the way and what to
+// do about each; the program ends with exit code 7.
 func (r Report) Meets(min Level) error {
 	if rankLevel(min) < 0 {
 		return fmt.Errorf("assurance level %q: want none, reduced or full", min)
+	}
+	for _, c := range r.Checks {
+		if c.Name == "state_dir" && c.Result != OK {
+			return fmt.Errorf("%w: %s. %s", ErrStateDir, c.Detail, c.Fix)
+		}
 	}
 	if rankLevel(r.Level) >= rankLevel(min) {
 		return nil

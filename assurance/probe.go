@@ -2,6 +2,8 @@ package assurance
 
 import (
 	"context"
+	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,22 +28,28 @@ func Probe(ctx context.Context, o Options) Report {
 	defer cancel()
 	start := time.Now()
 	r := Report{Time: start.UTC(), Kernel: kernel()}
-	for _, probe := range probes(o) {
+	scratch := os.TempDir()
+	probes := []func(context.Context) []Check{probeCgroup, func(context.Context) []Check { return probeLandlock(scratch) }, probeSeccomp, probePrivileges, probeClock}
+	if o.StateDir != "" {
+		scratch = o.StateDir
+		probes = append([]func(context.Context) []Check{
+			func(context.Context) []Check { return probeStateDir(o.StateDir) },
+			func(ctx context.Context) []Check { return probeSync(ctx, o.StateDir) },
+		}, probes...)
+	}
+	for _, probe := range probes {
 		began := time.Now()
-		c := probe(ctx)
-		c.Took = time.Since(began)
-		if c.Result == OK {
-			c.Fix = ""
+		for _, c := range probe(ctx) {
+			if c.Result == OK {
+				c.Fix = ""
+			}
+			c.Took = time.Since(began)
+			r.Checks = append(r.Checks, c)
 		}
-		r.Checks = append(r.Checks, c)
 	}
 	r.Level = LevelOf(r.Checks)
 	r.Took = time.Since(start)
 	return r
-}
-
-func probes(o Options) []func(context.Context) Check {
-	return []func(context.Context) Check{clock}
 }
 
 func kernel() string {
@@ -52,25 +60,40 @@ func kernel() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
+// failed completes a check that went wrong.
+func (c Check) failed(err error) Check {
+	c.Result, c.Detail = Failed, sentence(err.Error())
+	return c
+}
+
+// sentence keeps a detail short and on one line: it ends up in answers and logs.
+func sentence(s string) string {
+	s = strings.ToValidUTF8(strings.ReplaceAll(s, "\n", "; "), "\uFFFD")
+	if len(s) > 300 {
+		s = strings.ToValidUTF8(s[:300], "") + "…"
+	}
+	return s
+}
+
 // built is a time that has passed: no clock that works shows less.
 var built = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// clock looks at the wall clock, and whether the kernel says that it is kept in
-// step.
-func clock(context.Context) Check {
-	c := Check{Name: "clock", Tried: "read the wall clock, and asked the kernel whether it is synchronised",
-		Why: "records, expiry of releases and certificates are judged by it"}
+// probeClock looks at the wall clock, and asks whether the kernel is told to
+// keep it in step.
+func probeClock(context.Context) []Check {
+	c := Check{Name: "clock", Tried: "read the wall clock, asked the kernel whether it is synchronised",
+		Why: "records, and the expiry of releases and certificates, are judged by it",
+		Fix: "Run a time service (chrony, systemd-timesyncd)."}
 	now := time.Now()
 	if now.Before(built) || now.Year() > 2100 {
-		c.Result, c.Detail, c.Fix = Failed, "the clock shows "+now.UTC().Format(time.DateOnly), "Set the clock, and run a time service (chrony, systemd-timesyncd)."
-		return c
+		c.Result, c.Detail = Failed, "the clock shows "+now.UTC().Format(time.DateOnly)
+		return []Check{c}
 	}
 	var tx unix.Timex
-	state, err := unix.Adjtimex(&tx)
-	if err != nil || state == unix.TIME_ERROR {
-		c.Result, c.Detail, c.Fix = Degraded, "plausible, but not synchronised", "Run a time service (chrony, systemd-timesyncd) if this machine should keep time."
-		return c
+	if state, err := unix.Adjtimex(&tx); err != nil || state == unix.TIME_ERROR {
+		c.Result, c.Detail = Degraded, "plausible, but no time service keeps it in step"
+		return []Check{c}
 	}
 	c.Result, c.Detail = OK, "plausible and synchronised"
-	return c
+	return []Check{c}
 }
