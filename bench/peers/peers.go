@@ -1,0 +1,4 @@
+// Package peers names, in a module of their own, the programs that the
+// benchmarks compare with: what they need must not enter the project's go.mod.
+// scripts/bench.sh builds them with `go build` in this folder.
+package peers

@@ -1,0 +1,162 @@
+// Command toolbench measures POST /v1/tool of a real node beside `opa run -s`
+// with the same policy bundle and beside a bare fasthttp server, in one run.
+//
+// What is compared is not the same work. The node decodes strictly, evaluates,
+// writes the decision to disk and waits until it is durable, runs the tool
+// (tool.echo), writes the action, answers. OPA decodes, evaluates and answers;
+// it records nothing and runs nothing. The fasthttp server sends the body back:
+// no HTTP server written with that library can be faster here.
+//
+// One repetition measures every side at every number of connections; the order
+// of the sides is reversed from one repetition to the next, so that a slow
+// moment of the machine does not always hit the same one. Every leg starts its
+// server anew, on an empty state directory, and drops a warm-up. The figures are
+// medians over the repetitions, ratios are taken within a repetition first.
+//
+// The load generator runs on the same cores as the servers and takes its share
+// of them: calls/s are those of this machine with this generator. CPU per call,
+// read from /proc, is the server's own.
+//
+// Units: durations are nanoseconds inside, microseconds in the report; CPU has
+// the resolution of the kernel's clock tick, 10 ms in a leg.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+type options struct {
+	node, opa, bundle, tools string // paths
+	work                     string // where state directories are made: its file system is measured
+	out                      string // directory of the results
+	duration, warmup         time.Duration
+	reps                     int
+	conns                    []int
+}
+
+func main() {
+	if len(os.Args) == 2 && os.Args[1] == ceilingCommand {
+		if err := serveCeiling(); err != nil {
+			fmt.Fprintln(os.Stderr, "toolbench:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := run(ctx, os.Args[1:], os.Stdout)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		os.Exit(2)
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "toolbench:", err)
+		os.Exit(1)
+	}
+}
+
+func parse(args []string) (*options, error) {
+	o := &options{}
+	fs := flag.NewFlagSet("toolbench", flag.ContinueOnError)
+	fs.StringVar(&o.node, "node", "bin/autonomy-node", "the node's `program`")
+	fs.StringVar(&o.opa, "opa", "", "OPA's `program`")
+	fs.StringVar(&o.bundle, "bundle", "", "policy bundle for both, a `file`")
+	fs.StringVar(&o.tools, "tools", "examples/quickstart/tools.yaml", "the node's tools, a `file`")
+	fs.StringVar(&o.work, "work", "bin", "`directory` to make state directories in: on a disk, not in memory")
+	fs.StringVar(&o.out, "out", "bench/results", "`directory` for latest.json and latest.md")
+	fs.DurationVar(&o.duration, "duration", 3*time.Second, "how long a leg is measured")
+	fs.DurationVar(&o.warmup, "warmup", 500*time.Millisecond, "how long a leg runs before that")
+	fs.IntVar(&o.reps, "reps", 7, "repetitions")
+	conns := fs.String("conns", "1,8,64", "numbers of connections")
+	if err := fs.Parse(args); err != nil {
+		return nil, err
+	}
+	for c := range strings.SplitSeq(*conns, ",") {
+		n, err := strconv.Atoi(c)
+		if err != nil || n < 1 || n > 4096 {
+			return nil, fmt.Errorf("-conns %s: want numbers from 1 to 4096, separated by commas", *conns)
+		}
+		o.conns = append(o.conns, n)
+	}
+	switch {
+	case fs.NArg() > 0:
+		return nil, fmt.Errorf("unknown argument %q", fs.Arg(0))
+	case o.opa == "" || o.bundle == "":
+		return nil, errors.New("-opa and -bundle are needed: scripts/bench.sh gives them")
+	case o.reps < 1 || o.duration <= 0 || o.warmup < 0:
+		return nil, errors.New("-reps and -duration must be positive")
+	}
+	return o, nil
+}
+
+func run(ctx context.Context, args []string, stdout io.Writer) error {
+	o, err := parse(args)
+	if err != nil {
+		return err
+	}
+	work, err := os.MkdirTemp(o.work, "toolbench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(work)
+	m, err := describe(work, o.node)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "%s\n%d repetitions of %v at %v connections\n\n", m, o.reps, o.duration, o.conns)
+
+	sides, err := newSides(o)
+	if err != nil {
+		return err
+	}
+	r := results{options: o, machine: m}
+	begin := time.Now()
+	for rep := range o.reps {
+		for _, conns := range o.conns {
+			order := slices.Clone(sides)
+			if rep%2 == 1 {
+				slices.Reverse(order)
+			}
+			for i, s := range order {
+				dir := filepath.Join(work, fmt.Sprintf("%d-%d-%d", rep, conns, i))
+				leg, err := measure(ctx, o, s, dir, conns)
+				if err != nil {
+					return fmt.Errorf("%s, %d connections, repetition %d: %w", s.name, conns, rep+1, err)
+				}
+				r.add(s.name, conns, leg)
+				fmt.Fprintf(stdout, "%3d  %-10s %3d conns  %9.0f calls/s  p50 %8.1f µs  p99 %9.1f µs  %7.1f µs CPU/call\n",
+					rep+1, s.name, conns, leg.rate, leg.p50, leg.p99, leg.cpu)
+			}
+		}
+	}
+	if err := r.write(); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "\n%s\nwritten to %s in %v\n", r.table(), o.out, time.Since(begin).Round(time.Second))
+	return nil
+}
+
+// measure runs one leg: start the server, warm up, measure, stop it.
+func measure(ctx context.Context, o *options, s side, dir string, conns int) (leg, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return leg{}, err
+	}
+	defer os.RemoveAll(dir)
+	srv, err := s.start(ctx, dir)
+	if err != nil {
+		return leg{}, err
+	}
+	defer srv.stop()
+	return load(ctx, srv, s.request(srv.addr), s.expect, conns, o.warmup, o.duration)
+}
