@@ -114,6 +114,9 @@ func New(l Limits) (*Ceiling, error) {
 	return c, c.Measure()
 }
 
+// Max is the configured MaxBytes.
+func (c *Ceiling) Max() int64 { return c.limits.MaxBytes }
+
 // Measure counts Root again. It does nothing while reservations are open: their
 // files are on disk in part, and would be counted twice.
 func (c *Ceiling) Measure() error {

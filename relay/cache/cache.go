@@ -55,10 +55,15 @@ var (
 // Dirs are the directories the cache makes under its root.
 var Dirs = []string{"tmp", "blobs", "blobs/sha256"}
 
+// maxSpare bounds the room that blobs leave for state files: this, or a 64th of
+// the ceiling where that is less.
+const maxSpare = 4 << 20
+
 // Cache is the store. Make one with Open.
 type Cache struct {
 	root    string
 	ceiling *disk.Ceiling
+	spare   int64         // bytes that blobs leave free under the ceiling
 	seq     atomic.Uint64 // names in tmp/
 
 	mu        sync.Mutex // guards what follows; held before the ceiling's lock, never after
@@ -81,7 +86,7 @@ func Open(root string, ceiling *disk.Ceiling) (*Cache, error) {
 			return nil, fmt.Errorf("cache: %w", err)
 		}
 	}
-	c := &Cache{root: root, ceiling: ceiling, blobs: map[oci.Digest]*blob{}, declared: map[oci.Digest]int{}}
+	c := &Cache{root: root, ceiling: ceiling, spare: min(maxSpare, ceiling.Max()/64), blobs: map[oci.Digest]*blob{}, declared: map[oci.Digest]int{}}
 	orphans, err := os.ReadDir(filepath.Join(root, "tmp"))
 	if err != nil {
 		return nil, fmt.Errorf("cache: %w", err)
@@ -153,6 +158,13 @@ func (c *Cache) List() []Entry {
 	}
 	slices.SortFunc(out, func(a, b Entry) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
 	return out
+}
+
+// Len is the number of held blobs.
+func (c *Cache) Len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.blobs)
 }
 
 // Evicted counts the blobs that made room for others since Open.
@@ -258,13 +270,25 @@ func (c *Cache) remove(d oci.Digest) error {
 }
 
 // reserve asks the ceiling, evicting until it agrees or nothing is left to evict.
-func (c *Cache) reserve(n int64, files int) (*disk.Reservation, error) {
+// A blob must leave the spare room for operation: the state files of a relay
+// that is full must still be writable.
+func (c *Cache) reserve(n int64, files int, spare int64) (*disk.Reservation, error) {
+	ask := func() (*disk.Reservation, error) {
+		if spare > 0 {
+			r, err := c.ceiling.Reserve(spare)
+			if err != nil {
+				return nil, err
+			}
+			defer r.Release()
+		}
+		return c.ceiling.ReserveFiles(n, files)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var victims []oci.Digest
 	listed := false
 	for {
-		r, err := c.ceiling.ReserveFiles(n, files)
+		r, err := ask()
 		if !errors.Is(err, disk.ErrCeilingExceeded) {
 			return r, err
 		}
@@ -313,7 +337,7 @@ func (c *Cache) worthwhile(err error, victims []oci.Digest) bool {
 // Room makes sure that n bytes in so many files fit now, evicting if it must.
 // It holds nothing: another writer may take the room.
 func (c *Cache) Room(n int64, files int) error {
-	r, err := c.reserve(n, files)
+	r, err := c.reserve(n, files, c.spare)
 	if err != nil {
 		return err
 	}
@@ -336,7 +360,7 @@ type Writer struct {
 // Begin makes room for a blob of exactly size bytes. Errors:
 // disk.ErrCeilingExceeded, or the file system's.
 func (c *Cache) Begin(d oci.Digest, size int64) (_ *Writer, err error) {
-	r, err := c.reserve(size, 1)
+	r, err := c.reserve(size, 1, c.spare)
 	if err != nil {
 		return nil, fmt.Errorf("%s (%d bytes): %w", d, size, err)
 	}
@@ -472,7 +496,7 @@ func ignoreNotExist(err error) error {
 // WriteFile replaces the small file at path (under the ceiling's root) like
 // vfs.WriteFile, with its room reserved first.
 func (c *Cache) WriteFile(path string, data []byte) error {
-	r, err := c.reserve(int64(len(data)), 1)
+	r, err := c.reserve(int64(len(data)), 1, 0)
 	if err != nil {
 		return err
 	}

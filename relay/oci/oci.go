@@ -205,6 +205,8 @@ func ParseManifest(data []byte, contentType string) (*Manifest, error) {
 		}
 	}
 	switch {
+	case own == "" && (m.MediaType == TypeDockerManifest || m.MediaType == TypeDockerList):
+		return nil, invalid("the registry says %s, which must say so itself in mediaType", m.MediaType)
 	case !IsManifest(m.MediaType):
 		return nil, invalid("media type %.80q: want an OCI or Docker v2 manifest or index", m.MediaType)
 	case IsIndex(m.MediaType) && manifests == nil:

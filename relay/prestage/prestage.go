@@ -237,11 +237,15 @@ func Open(cfg Config) (*Stager, error) {
 			// The store lost part of it. It is declared, so it is fetched again.
 			it.state, it.attempts, it.err = Pending, 0, "content was missing from the store at start"
 		}
-		s.declare(it)
 		return nil
 	})
 	if err != nil {
 		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, it := range s.items {
+		s.declare(it)
 	}
 	return s, nil
 }

@@ -130,8 +130,12 @@ func (s *Stager) attempt(ctx context.Context, it *item, epoch uint64) error {
 	}
 	s.failures.Add(1)
 	uerr := s.update(it, epoch, func() {
-		it.err = clip(err.Error())
 		it.state = Pending
+		if ctx.Err() != nil { // stopped in order: not the upstream's failure
+			it.attempts--
+			return
+		}
+		it.err = clip(err.Error())
 		if it.attempts >= s.cfg.MaxAttempts {
 			it.state, it.resolved = Failed, nil
 		}
