@@ -39,8 +39,18 @@ import (
 	"github.com/autonomyops/autonomy/verify"
 )
 
-// EnvPrefix starts the names of the environment variables.
-const EnvPrefix = "AUTONOMY_CP_"
+// Daemon is the program autonomy-cp.
+func Daemon() run.Daemon {
+	c := Default()
+	return run.Daemon{
+		Name: "autonomy-cp", Short: "keep what nodes report, hand out the releases they should run", EnvPrefix: "AUTONOMY_CP_",
+		Bind:     c.Bind,
+		Validate: func() error { return run.Exit(run.Usage, c.Validate()) },
+		Run: func(ctx context.Context, log *slog.Logger, stderr io.Writer) error {
+			return Run(ctx, c, stderr, log)
+		},
+	}
+}
 
 // Timeouts of a connection.
 const (

@@ -15,8 +15,9 @@ import (
 
 const maxAckBytes = 32 << 10
 
-// ackBody is what a node reports of one lifecycle step. Step is a release.*
-// event type, with or without the prefix.
+// ackBody is what a node reports of one lifecycle step: one of the four steps
+// of verification, or activate. The name of the step's event, with "release."
+// before it, will do too.
 type ackBody struct {
 	ReleaseID    string    `json:"release_id"`
 	Channel      string    `json:"channel"`
@@ -35,7 +36,7 @@ type ackBody struct {
 
 var (
 	token   = regexp.MustCompile(`^[a-z][a-z0-9_.-]{0,63}$`)
-	results = map[string]bool{"passed": true, "failed": true, "skipped": true}
+	results = map[string]bool{"passed": true, "failed": true, "skipped": true, "refused": true}
 )
 
 func (s *Server) postAck(w http.ResponseWriter, r *http.Request) error {
@@ -66,9 +67,9 @@ func (s *Server) postAck(w http.ResponseWriter, r *http.Request) error {
 	case b.ReleaseID == "":
 		return badRequest("bad_ack", "release_id is missing")
 	case !token.MatchString(b.Step):
-		return badRequest("bad_ack", "step is %q, want found, signature, digest, fingerprint, compatibility, activated or refused", clip(b.Step))
+		return badRequest("bad_ack", "step is %q, want signature, digest, fingerprint, compatibility or activate", clip(b.Step))
 	case !results[b.Result]:
-		return badRequest("bad_ack", "result is %q, want passed, failed or skipped", clip(b.Result))
+		return badRequest("bad_ack", "result is %q, want passed, failed, skipped or refused", clip(b.Result))
 	case len(b.Detail) > store.MaxAckDetail:
 		return badRequest("bad_ack", "detail has %d bytes, at most %d", len(b.Detail), store.MaxAckDetail)
 	}

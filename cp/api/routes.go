@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -59,15 +60,16 @@ var routes = []route{
 // mux builds the handler of a table. It panics on a route without permission:
 // such a program must not start.
 func (s *Server) mux(table []route) http.Handler {
-	mux := http.NewServeMux()
-	allow := map[string][]string{}
+	byPath := map[string]map[string]http.HandlerFunc{}
 	for _, rt := range table {
 		if rt.perm == noPermission {
 			panic("api: route " + rt.method + " " + rt.path + " has no permission")
 		}
-		allow[rt.path] = append(allow[rt.path], rt.method)
+		if byPath[rt.path] == nil {
+			byPath[rt.path] = map[string]http.HandlerFunc{}
+		}
 		name := rt.method + " " + rt.path
-		mux.HandleFunc(name, func(w http.ResponseWriter, r *http.Request) {
+		byPath[rt.path][rt.method] = func(w http.ResponseWriter, r *http.Request) {
 			start := time.Now()
 			defer func() { s.m.request(name, time.Since(start)) }()
 			if err := s.authorize(r, rt.perm); err != nil {
@@ -77,14 +79,21 @@ func (s *Server) mux(table []route) http.Handler {
 			if err := rt.handle(s, w, r); err != nil {
 				s.fail(w, r, err)
 			}
-		})
+		}
 	}
-	for path, methods := range allow {
-		slices.Sort(methods)
-		want := strings.Join(methods, ", ")
+	mux := http.NewServeMux()
+	for path, methods := range byPath {
+		if get := methods["GET"]; get != nil {
+			methods["HEAD"] = get
+		}
+		allow := strings.Join(slices.Sorted(maps.Keys(methods)), ", ")
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Allow", want)
-			s.fail(w, r, problem.New(http.StatusMethodNotAllowed, "method_not_allowed", "this path takes "+want))
+			if h := methods[r.Method]; h != nil {
+				h(w, r)
+				return
+			}
+			w.Header().Set("Allow", allow)
+			s.fail(w, r, problem.New(http.StatusMethodNotAllowed, "method_not_allowed", "this path takes "+allow))
 		})
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {

@@ -138,7 +138,9 @@ type Ack struct {
 }
 
 // Activated reports whether a says that its release is now active.
-func (a *Ack) Activated() bool { return a.Step == "activated" && a.Result == "passed" }
+func (a *Ack) Activated() bool {
+	return (a.Step == "activate" || a.Step == "activated") && a.Result == "passed"
+}
 
 // Node is one row of the fleet, without the judgement of time: see State.
 type Node struct {

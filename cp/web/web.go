@@ -175,8 +175,8 @@ func (p *pages) node(n *store.Node, now time.Time) nodeRow {
 	if n.Conflicts > 0 {
 		trouble = append(trouble, fmt.Sprintf("%d %s", n.Conflicts, plural(n.Conflicts, "conflict")))
 	}
-	if a := n.LastAck; a != nil && a.Result == "failed" {
-		trouble = append(trouble, strings.TrimSpace("release "+a.ReleaseID+" refused at "+a.Step+" "+a.Code))
+	if a := n.LastAck; a != nil && (a.Result == "failed" || a.Result == "refused") {
+		trouble = append(trouble, strings.TrimSpace("release "+a.ReleaseID+" refused: "+a.Step+" "+a.Code))
 	}
 	row.Trouble = strings.Join(trouble, "; ")
 	return row
