@@ -1,0 +1,513 @@
+package wal
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"time"
+
+	"github.com/autonomyops/autonomy/internal/vfs"
+)
+
+// commitLoop is the committer: the only goroutine that writes markers, syncs,
+// and moves durable.
+func (l *Log) commitLoop() {
+	defer l.ended.Done()
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	armed, due := false, false
+	for {
+		select {
+		case <-l.kick:
+		case <-timer.C:
+			armed, due = false, true
+		case <-l.stop:
+			l.finish()
+			return
+		}
+		for again := true; again; {
+			l.mu.Lock()
+			g, dirty, rotating, failed := l.open, l.open.count > 0, l.rotating, l.failed != nil
+			l.mu.Unlock()
+			switch {
+			case failed:
+				again = false
+			case rotating:
+				l.rotate()
+			case dirty && (due || g.wanted.Load()):
+				if !due {
+					l.join()
+				}
+				l.commit(0)
+				due = false
+			case dirty && !armed:
+				timer.Reset(l.o.SyncInterval)
+				armed, again = true, false
+			default:
+				again, due = false, due && dirty
+			}
+		}
+	}
+}
+
+// join lets more records into the group while they keep coming.
+func (l *Log) join() {
+	var last uint64
+	for begin := time.Now(); time.Since(begin) < joinFor; {
+		l.mu.Lock()
+		n := l.next
+		l.mu.Unlock()
+		if n == last {
+			return
+		}
+		last = n
+		runtime.Gosched()
+	}
+}
+
+// commit closes the open group behind a marker and makes it durable.
+func (l *Log) commit(flags uint64) {
+	fresh := newGroup()
+	l.mu.Lock()
+	seg, g, end := l.cur, l.open, l.tail
+	g.last = l.next - 1
+	l.tail += markerFrame
+	fresh.first, fresh.start = l.next, l.tail
+	l.closing, l.open = g, fresh
+	l.mu.Unlock()
+	g.release()
+	<-g.drained
+	err := l.persist(seg, g, end, flags)
+	if err != nil {
+		l.failover(seg, g, err)
+		return
+	}
+	l.durable.Store(g.last)
+	close(g.done)
+	if l.top.Load() != seg.id {
+		l.top.Store(seg.id) // its header is durable from now on: so the one before it may go
+		l.kickPreparer()
+	}
+}
+
+// persist writes the marker of g at end, and syncs.
+func (l *Log) persist(seg *segment, g *group, end int64, flags uint64) error {
+	if g.fault.Load() {
+		return errFault
+	}
+	var chain [32]byte
+	err := guard(func() {
+		chain = chainNext(l.hasher, &l.chain, seg.m[g.start:end])
+		k := marker{l.mark.id, uint64(l.mark.off), g.count, flags, chain}
+		k.put(seg.m[end+frameHeader:])
+		putFrame(seg.m, seg.key, end, markerSize, kindMarker, g.last)
+	})
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	if err := l.o.sync(seg.file); err != nil {
+		return err
+	}
+	took := time.Since(begin)
+	l.stats.mu.Lock()
+	l.stats.syncs++
+	l.stats.records += g.count
+	l.stats.syncTime += took
+	l.stats.syncMax = max(l.stats.syncMax, took)
+	l.stats.mu.Unlock()
+	l.chain, l.mark, l.confirmed = chain, pos{seg.id, end + markerFrame}, g.count == 0
+	return nil
+}
+
+// rotate makes the current segment durable and opens the next. Reservations
+// wait meanwhile: so there is never more than one segment that is not durable,
+// and a failed sync leaves one tail to carry over, not two.
+func (l *Log) rotate() {
+	l.mu.Lock()
+	dirty := l.open.count > 0
+	l.mu.Unlock()
+	if dirty {
+		l.commit(0)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.rotating { // commit went over to another slot
+		return
+	}
+	var s *slot
+	for !l.closed && l.failed == nil {
+		if !l.canRotate() {
+			break
+		}
+		if s = l.takeReady(); s != nil {
+			break
+		}
+		l.kickPreparer()
+		l.moved.Wait()
+	}
+	if s != nil {
+		g := l.open // empty: it moves with the tail
+		old := l.cur
+		seg, err := l.activate(s, old.id+1, l.next, pos{old.id, g.start})
+		if err != nil {
+			l.o.Logger.Error("write-ahead log: a slot cannot be written and is left out", "slot", s.index, "err", err)
+			s.state = slotBad
+		} else {
+			old.limit = g.start
+			l.install(seg, g, dataStart)
+			l.stats.mu.Lock()
+			l.stats.rotations++
+			l.stats.mu.Unlock()
+		}
+	}
+	l.rotating = false
+	l.blocked = l.closed || l.failed != nil
+	l.moved.Broadcast()
+	l.kickPreparer()
+}
+
+// takeReady takes a slot that is ready; mu is held.
+func (l *Log) takeReady() *slot {
+	for _, s := range l.slots {
+		if s.state == slotReady {
+			return s
+		}
+	}
+	return nil
+}
+
+// activate writes the header of a new segment into a ready slot; its first sync
+// makes it durable. mu is held.
+func (l *Log) activate(s *slot, id, first uint64, prev pos) (*segment, error) {
+	h := header{
+		state: stateLive, logID: l.id, slotBytes: uint64(l.slotBytes), id: id, key: randomKey(), first: first,
+		prevID: prev.id, prevEnd: uint64(prev.off), chain: l.chain, created: uint64(time.Now().UnixNano()),
+	}
+	var page [headerSize]byte
+	h.put(page[:])
+	if err := guard(func() {
+		copy(s.m, page[:])
+		copy(s.m[pageSize:], page[:])
+	}); err != nil {
+		return nil, err
+	}
+	l.mark = pos{id, dataStart}
+	return newSegment(s, id, first, []epoch{{dataStart, h.key}}), nil
+}
+
+// install makes seg the current segment, its tail at off. mu is held.
+func (l *Log) install(seg *segment, g *group, off int64) {
+	seg.state = slotLive
+	l.live = append(l.live, seg)
+	l.cur, l.tail = seg, off
+	g.start, g.first = off, l.next
+	l.open = g
+	l.full = false
+}
+
+// failover leaves a segment whose disk refused. A failed fdatasync is never
+// repeated: the kernel has forgotten the pages, and would say yes. Those who
+// waited for it are told.
+func (l *Log) failover(seg *segment, g *group, cause error) {
+	l.o.Logger.Error("write-ahead log: sync failed, going on in another slot", "slot", seg.index, "segment", seg.id, "err", cause)
+	l.mu.Lock()
+	seg.bad = true
+	l.mu.Unlock()
+	l.stats.mu.Lock()
+	l.stats.failovers++
+	l.stats.mu.Unlock()
+	g.err = fmt.Errorf("%w: %w", ErrFailed, cause)
+	l.moveOn(seg, g)
+}
+
+// moveOn opens the next segment in the middle of one. Everything since the last
+// good sync is copied there as far as it is still whole, the rest becomes void
+// records, and that is made durable: so the sequence stays dense. g is the
+// group that could not be committed; the open one comes along.
+func (l *Log) moveOn(seg *segment, g *group) {
+	l.mu.Lock()
+	l.rotating, l.blocked = true, true
+	g2 := l.open
+	g2.last = l.next - 1
+	l.mu.Unlock()
+	g2.release()
+	<-g2.drained
+
+	cause := errors.New("the segment takes no more recoveries")
+	if g.err != nil {
+		cause = g.err
+	}
+	l.mu.Lock()
+	var s *slot
+	for {
+		if s = l.takeReady(); s != nil || l.closed || !l.spare(1) {
+			break
+		}
+		l.kickPreparer()
+		l.moved.Wait()
+	}
+	if s == nil {
+		l.fail(errors.Join(cause, errors.New("no other slot to go on in")), [2]*group{g, g2})
+		l.mu.Unlock()
+		return
+	}
+	s.state = slotBusy
+	next, err := l.activate(s, seg.id+1, g.first, pos{seg.id, g.start})
+	l.mu.Unlock()
+
+	all := newGroup()
+	all.first, all.last, all.start = g.first, g2.last, dataStart
+	all.count = all.last + 1 - all.first
+	var end int64
+	if err == nil {
+		end, err = carry(seg, g.start, next, all)
+	}
+	if err == nil {
+		err = l.persist(next, all, end, 0)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil {
+		s.state = slotBad
+		l.fail(fmt.Errorf("%w; then in slot %d: %w", cause, s.index, err), [2]*group{g, g2})
+		return
+	}
+	seg.limit = g.start
+	l.closing = g
+	l.install(next, newGroup(), end+markerFrame)
+	l.durable.Store(all.last)
+	l.top.Store(next.id)
+	close(g.done)
+	if g2 != g {
+		close(g2.done)
+	}
+	l.rotating, l.blocked = false, l.closed
+	l.moved.Broadcast()
+	l.kickPreparer()
+}
+
+// carry copies the records of g from one segment to the start of another.
+func carry(from *segment, start int64, to *segment, g *group) (end int64, err error) {
+	off, whole := start, true
+	end = dataStart
+	for seq := g.first; seq <= g.last; seq++ {
+		var f frame
+		ok := false
+		for whole && !ok {
+			if guard(func() { f, ok = parseFrame(from.m, from.key, off, int64(len(from.m))) }) != nil || !ok {
+				whole = false
+				break
+			}
+			off += f.size
+			if f.marker() { // of the sync that failed
+				ok = false
+			}
+		}
+		if ok = ok && f.seq == seq; !ok {
+			whole = false
+			f = frame{kind: byte(ClassError) | kindVoid, payload: make([]byte, 8)}
+		}
+		err := guard(func() {
+			copy(to.m[end+frameHeader:], f.payload)
+			putFrame(to.m, to.key, end, len(f.payload), f.kind, seq)
+		})
+		if err != nil {
+			return 0, err
+		}
+		to.last[f.class()] = seq
+		to.note(seq, end)
+		end += frameSize(len(f.payload))
+	}
+	return end, nil
+}
+
+// fail ends the log: nothing can be appended any more. mu is held.
+func (l *Log) fail(cause error, groups [2]*group) {
+	l.failed = fmt.Errorf("%w for good: %w. Restart on a working disk", ErrFailed, cause)
+	l.o.Logger.Error("write-ahead log failed for good", "err", cause)
+	l.blocked, l.rotating = true, false
+	for _, g := range groups {
+		g.err = l.failed
+	}
+	close(groups[0].done)
+	if groups[1] != groups[0] {
+		close(groups[1].done)
+	}
+	l.open = newGroup()
+	l.open.first = l.next
+	l.moved.Broadcast()
+}
+
+// finish is the committer's part of Close: commit what is there, then a marker
+// that confirms it, so that after a clean end every byte is accounted for.
+func (l *Log) finish() {
+	l.mu.Lock()
+	dirty := l.open.count > 0
+	l.mu.Unlock()
+	if dirty && l.err() == nil {
+		l.commit(0)
+	}
+	l.mu.Lock()
+	room := l.tail+markerFrame <= l.slotBytes
+	l.mu.Unlock()
+	if l.err() == nil && !l.confirmed && room {
+		l.commit(markerClosed)
+	}
+}
+
+func (l *Log) err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.failed
+}
+
+// consumed reports whether every consumer is past seg. mu is held.
+func (l *Log) consumed(seg *segment, cursors [NumClasses]uint64) bool {
+	for c, last := range seg.last {
+		if last > cursors[c] || l.o.Watermark && last > l.watermark.Load() {
+			return false
+		}
+	}
+	return true
+}
+
+// recyclable counts the oldest segments that nobody needs or looks at. mu is
+// held.
+func (l *Log) recyclable() int {
+	cursors := l.cursors()
+	n := 0
+	for _, seg := range l.live {
+		if seg.refs > 0 || !l.consumed(seg, cursors) {
+			break
+		}
+		n++
+	}
+	return n
+}
+
+// spare reports whether at least n slots are, or can be made, free. mu is held.
+func (l *Log) spare(n int) bool {
+	for _, s := range l.slots {
+		if s.state == slotFree || s.state == slotReady || s.state == slotBusy {
+			if n--; n <= 0 {
+				return true
+			}
+		}
+	}
+	for _, seg := range l.live[:l.recyclable()] {
+		if !seg.bad {
+			n--
+		}
+	}
+	return n <= 0
+}
+
+// canRotate keeps one slot free for a failover: two must be there.
+func (l *Log) canRotate() bool { return l.spare(2) }
+
+// prepareLoop is the preparer: it has the next slot ready before it is needed.
+// It takes the oldest segment only when no slot is free, so that history stays
+// readable as long as it fits.
+func (l *Log) prepareLoop() {
+	defer l.ended.Done()
+	for {
+		select {
+		case <-l.prep:
+		case <-l.stop:
+			return
+		}
+		if err := l.noteTop(); err != nil {
+			l.o.Logger.Error("write-ahead log: cannot write the meta file", "err", err)
+		}
+		for {
+			l.mu.Lock()
+			s := l.pick()
+			l.mu.Unlock()
+			if s == nil {
+				break
+			}
+			err := l.prepare(s)
+			if err != nil {
+				// Its header must not stand as a segment at the next start: the
+				// file goes, and is made anew then.
+				err = errors.Join(err, os.Remove(s.file.Name()), vfs.SyncDir(l.dir))
+				l.o.Logger.Error("write-ahead log: a slot cannot be written and is left out until the next start",
+					"slot", s.index, "err", err)
+			}
+			l.mu.Lock()
+			s.state = slotReady
+			if err != nil || s.bad {
+				s.state = slotBad
+			}
+			l.moved.Broadcast()
+			l.mu.Unlock()
+		}
+	}
+}
+
+// pick chooses the slot to prepare and marks it busy; mu is held.
+func (l *Log) pick() *slot {
+	var free *slot
+	for _, s := range l.slots {
+		switch s.state {
+		case slotReady, slotBusy:
+			return nil // one at a time is enough
+		case slotFree:
+			if free == nil {
+				free = s
+			}
+		}
+	}
+	// The oldest segment may go only when a later one is durably in its place:
+	// else a crash now would find no log at all.
+	if free == nil && len(l.live) > 1 && l.recyclable() > 0 && l.durable.Load() >= l.live[1].first && l.top.Load() >= l.live[1].id {
+		old := l.live[0]
+		l.live = append(l.live[:0], l.live[1:]...)
+		old.clean = false
+		free = old.slot
+	}
+	if free != nil {
+		free.state = slotBusy
+	}
+	return free
+}
+
+// prepare makes a slot's header say free, one copy after the other so that a
+// power cut leaves one whole, and brings its pages into memory.
+func (l *Log) prepare(s *slot) error {
+	if !s.clean {
+		if err := l.writeFree(s); err != nil {
+			return err
+		}
+		s.clean = true
+	}
+	return populate(s.m)
+}
+
+func (l *Log) writeFree(s *slot) error {
+	page := make([]byte, pageSize)
+	h := header{state: stateFree, logID: l.id, slotBytes: uint64(l.slotBytes)}
+	h.put(page)
+	return l.writeHeader(s, page)
+}
+
+func (l *Log) writeHeader(s *slot, page []byte) error {
+	for _, off := range [...]int64{0, pageSize} {
+		if _, err := s.file.WriteAt(page, off); err != nil {
+			return fmt.Errorf("write header: %w", err)
+		}
+		if err := l.o.sync(s.file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Log) kickPreparer() {
+	select {
+	case l.prep <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,102 @@
+package wal
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// storeWord and loadWord are how a frame becomes visible: the word at an
+// 8-aligned offset of a page-aligned mapping, in one piece.
+func storeWord(m []byte, off int64, w uint64) {
+	atomic.StoreUint64((*uint64)(unsafe.Pointer(&m[off : off+8][0])), w)
+}
+
+func loadWord(m []byte, off int64) uint64 {
+	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&m[off : off+8][0])))
+}
+
+// mapFile maps n bytes of f. Access is declared random before the first touch:
+// otherwise read-ahead builds large folios, and a store of 300 bytes makes the
+// next sync write up to 2 MiB.
+func mapFile(f *os.File, n int64, write, random bool) ([]byte, error) {
+	prot := unix.PROT_READ
+	if write {
+		prot |= unix.PROT_WRITE
+	}
+	m, err := unix.Mmap(int(f.Fd()), 0, int(n), prot, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", f.Name(), err)
+	}
+	advice := unix.MADV_SEQUENTIAL
+	if random {
+		advice = unix.MADV_RANDOM
+	}
+	if err := unix.Madvise(m, advice); err != nil {
+		return nil, errors.Join(fmt.Errorf("map %s: advise: %w", f.Name(), err), unix.Munmap(m))
+	}
+	return m, nil
+}
+
+// readAhead starts reading all of m, in single pages.
+func readAhead(m []byte) { _ = unix.Madvise(m, unix.MADV_WILLNEED) } // advice only
+
+// populate brings the pages of m into memory and into the page table, so that
+// no append waits for a read. It maps them for reading: for writing would make
+// all of them dirty, and the next sync would write the whole slot. Kernels
+// before 5.14 do not know the advice; there the first append to a page reads it.
+func populate(m []byte) error {
+	readAhead(m)
+	for {
+		switch err := unix.Madvise(m, unix.MADV_POPULATE_READ); err {
+		case unix.EINTR:
+		case nil, unix.EINVAL:
+			return nil
+		default:
+			return fmt.Errorf("populate mapping: %w", err)
+		}
+	}
+}
+
+// fdatasync makes f's data durable; it also writes what was stored through a
+// shared mapping of f.
+func fdatasync(f *os.File) error {
+	for {
+		err := unix.Fdatasync(int(f.Fd()))
+		if err == nil {
+			return nil
+		}
+		if err != unix.EINTR {
+			return fmt.Errorf("fdatasync %s: %w", f.Name(), err)
+		}
+	}
+}
+
+// errFault is a SIGBUS or SIGSEGV inside a mapping.
+var errFault = errors.New("memory fault in the log's mapping: the file was cut, or its disk cannot be read")
+
+// guard runs fn; a fault at a mapped address becomes an error. Other panics
+// pass.
+func guard(fn func()) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			if !isFault(p) {
+				panic(p)
+			}
+			err = fmt.Errorf("%w: %v", errFault, p)
+		}
+	}()
+	fn()
+	return nil
+}
+
+func isFault(p any) bool {
+	_, ok := p.(interface{ Addr() uintptr })
+	return ok
+}

@@ -1,0 +1,197 @@
+package wal
+
+import (
+	"context"
+	"fmt"
+)
+
+// recover reads the whole log, decides where it ends, and makes the log ready
+// to take records there. README.md argues why that is right.
+func (l *Log) recover(rec *Recovery) error {
+	var segs []*found
+	for _, s := range l.slots {
+		var x *found
+		var err error
+		if e := guard(func() { x, err = l.identify(s) }); e != nil {
+			err = e
+		}
+		if err != nil {
+			return err
+		}
+		if x != nil {
+			segs = append(segs, x)
+		}
+	}
+	if err := link(segs); err != nil {
+		return err
+	}
+	if err := checkTop(segs, l.meta); err != nil {
+		return err
+	}
+	if len(segs) == 0 {
+		return l.begin()
+	}
+	w := newWalk(segs[0])
+	var t tail
+	for i, s := range segs {
+		seg := newSegment(l.slots[s.slot], s.head.id, s.head.first, s.epochs)
+		var next *found
+		if i+1 < len(segs) {
+			next = segs[i+1]
+		}
+		readAhead(s.m)
+		var err error
+		if e := guard(func() {
+			t, err = w.segment(s, next, func(f frame) error {
+				if !f.marker() {
+					seg.last[f.class()] = f.seq
+					seg.note(f.seq, f.off)
+				}
+				return nil
+			})
+		}); e != nil {
+			err = s.damage(0, w.next, "the file cannot be read: %v", e)
+		}
+		if err != nil {
+			return err
+		}
+		if next != nil {
+			seg.limit = t.end
+		}
+		seg.state = slotLive
+		l.live = append(l.live, seg)
+	}
+	lastSeq := w.next - 1
+	if err := checkCursors(segs[0], lastSeq, l.meta); err != nil {
+		return err
+	}
+	*rec = Recovery{
+		Records: w.records, LastSeq: lastSeq, Segments: len(segs), Uncommitted: t.uncommitted,
+		TornRecords: t.tornRecords, TornBytes: t.tornBytes,
+	}
+	if w.records > 0 {
+		rec.FirstSeq = segs[0].head.first
+	}
+	return l.resume(segs[len(segs)-1], w, t)
+}
+
+// identify reads a slot's header; nil when it is free.
+func (l *Log) identify(s *slot) (*found, error) {
+	h, epochs, used, err := readHeader(s.m)
+	x := &found{slot: s.index, name: slotName(s.index), m: s.m, head: h, epochs: epochs}
+	switch {
+	case err != nil:
+		return nil, x.damage(0, 0, "%v", err)
+	case !used:
+		s.clean = true
+		return nil, nil
+	case h.logID != l.id || h.slotBytes != uint64(l.slotBytes):
+		return nil, x.damage(0, 0, "it belongs to log %016x with slots of %d bytes, this is log %016x with slots of %d",
+			h.logID, h.slotBytes, l.id, l.slotBytes)
+	case h.state == stateFree:
+		s.clean = true
+		return nil, nil
+	}
+	return x, nil
+}
+
+// checkTop notices that the newest segments are gone altogether.
+func checkTop(segs []*found, x meta) error {
+	var newest uint64
+	if len(segs) > 0 {
+		newest = segs[len(segs)-1].head.id
+	}
+	if newest < x.top {
+		return &DamageError{Segment: x.top,
+			Reason: fmt.Sprintf("segment %d was durable, but the newest here is %d: a slot is missing or was replaced", x.top, newest)}
+	}
+	return nil
+}
+
+// checkCursors notices what only the cursors can tell: records that a consumer
+// had are not there, or records went that nobody had.
+func checkCursors(oldest *found, last uint64, x meta) error {
+	var most uint64
+	for c, seq := range x.cursors {
+		most = max(most, seq)
+		if seq > last {
+			return &DamageError{Seq: last + 1,
+				Reason: fmt.Sprintf("the %v cursor stands at %d, but the last record is %d: the end of the log is missing", Class(c), seq, last)}
+		}
+	}
+	if first := oldest.head.first; first-1 > most {
+		return oldest.damage(0, 0, "the oldest record is %d, but no cursor is past %d: a slot is missing", first, most)
+	}
+	return nil
+}
+
+// begin opens the first segment of a new log.
+func (l *Log) begin() error {
+	s := l.slots[0]
+	if err := l.prepare(s); err != nil {
+		return err
+	}
+	l.next = 1
+	seg, err := l.activate(s, 1, 1, pos{})
+	if err != nil {
+		return err
+	}
+	if err := l.o.sync(s.file); err != nil {
+		return err
+	}
+	l.confirmed = true // nothing to confirm
+	l.install(seg, newGroup(), dataStart)
+	return nil
+}
+
+// resume goes on where the newest segment ends. What may stand beyond that
+// place was never acknowledged, and a fresh key makes it unreadable for ever.
+// Records after the last marker are kept and committed as soon as the committer
+// runs: they survived the process, so whoever wrote them in batched mode may
+// have acted on them.
+func (l *Log) resume(s *found, w *walk, t tail) error {
+	seg := l.live[len(l.live)-1]
+	if err := populate(seg.m); err != nil {
+		return err
+	}
+	l.next, l.chain, l.mark, l.confirmed = w.next, w.chain, w.group, t.confirmed
+	l.durable.Store(w.next - 1 - w.count)
+	l.cur, l.tail = seg, t.end
+	clean := t.closed && t.marked == t.end && t.tornBytes == 0
+	if l.exhausted = !clean && len(seg.keys) > maxEpochs; !clean && !l.exhausted {
+		if err := l.addEpoch(seg, s.head.key, t.end); err != nil {
+			return err
+		}
+	}
+	g := newGroup()
+	g.first, g.start, g.count = w.next-w.count, w.group.off, w.count
+	l.open = g
+	return nil
+}
+
+// addEpoch gives the rest of seg a new key, durable in both header copies.
+func (l *Log) addEpoch(seg *segment, segKey uint64, off int64) error {
+	e := epoch{off, randomKey()}
+	n := len(seg.keys) - 1
+	var b [epochSize]byte
+	e.put(b[:], segKey)
+	for _, page := range [...]int64{0, pageSize} {
+		if _, err := seg.file.WriteAt(b[:], page+epochStart+int64(n)*epochSize); err != nil {
+			return fmt.Errorf("write header: %w", err)
+		}
+		if err := l.o.sync(seg.file); err != nil {
+			return err
+		}
+	}
+	seg.keys = append(seg.keys, e)
+	seg.key = e.key
+	return nil
+}
+
+// settle commits what recovery kept; the committer runs.
+func (l *Log) settle(rec Recovery) error {
+	if err := l.err(); err != nil {
+		return err
+	}
+	return l.WaitDurable(context.Background(), rec.LastSeq)
+}
