@@ -51,8 +51,12 @@ func BuildBundle(dir string, o BuildOptions) ([]byte, error) {
 		o.Name = filepath.Base(abs)
 	}
 	files := slices.DeleteFunc(src.files, func(f file) bool { return strings.HasSuffix(f.name, testSuffix) })
+	owned, err := roots(files)
+	if err != nil {
+		return nil, fmt.Errorf("build %s: %w: %w", dir, ErrCompile, err)
+	}
 	version := 1
-	m := manifest{Revision: o.Version, RegoVersion: &version, Roots: roots(files),
+	m := manifest{Revision: o.Version, RegoVersion: &version, Roots: owned,
 		Metadata: manifestMetadata{autonomy: autonomyMetadata{o.Name, o.Version, o.RequiresRuntime, o.Entrypoint}}}
 	if err := m.Metadata.autonomy.check(); err != nil {
 		return nil, fmt.Errorf("build %s: %w", dir, err)
@@ -100,7 +104,7 @@ func pack(files []file) ([]byte, error) {
 }
 
 // roots are the packages and data paths of the bundle, no one below another.
-func roots(files []file) []string {
+func roots(files []file) ([]string, error) {
 	var all []string
 	for _, f := range files {
 		if path.Base(f.name) == dataName {
@@ -109,18 +113,23 @@ func roots(files []file) []string {
 				continue
 			}
 			var top map[string]json.RawMessage
-			if json.Unmarshal(f.data, &top) == nil {
-				for k := range top {
-					all = append(all, k)
-				}
+			if err := json.Unmarshal(f.data, &top); err != nil {
+				return nil, fmt.Errorf("%s: %w", f.name, err)
+			}
+			for k := range top {
+				all = append(all, k)
 			}
 			continue
 		}
-		if m, err := ast.ParseModule(f.name, string(f.data)); err == nil { // a fault shows when the bundle is read back
-			if p, err := m.Package.Path.Ptr(); err == nil {
-				all = append(all, p)
-			}
+		m, err := ast.ParseModuleWithOpts(f.name, string(f.data), ast.ParserOptions{RegoVersion: ast.RegoV1, Capabilities: capabilities()})
+		if err != nil {
+			return nil, err
 		}
+		p, err := m.Package.Path.Ptr()
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.name, err)
+		}
+		all = append(all, p)
 	}
 	slices.Sort(all)
 	var out []string
@@ -129,7 +138,7 @@ func roots(files []file) []string {
 			out = append(out, r)
 		}
 	}
-	return out
+	return out, nil
 }
 
 const testSuffix = "_test.rego"

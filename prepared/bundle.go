@@ -182,18 +182,24 @@ func readBundle(raw []byte, l Limits) (*Bundle, error) {
 	return b, nil
 }
 
-// defaultEntrypoint is autonomy/decision when some module has that rule, else
-// autonomy/allow, which Compile then looks for.
+// Entrypoints of a bundle whose manifest names none.
+const (
+	mainEntrypoint     = "autonomy/decision"
+	fallbackEntrypoint = "autonomy/allow"
+)
+
+// defaultEntrypoint is mainEntrypoint when some module has that rule, else
+// fallbackEntrypoint, which Compile then looks for.
 func defaultEntrypoint(modules []bundle.ModuleFile) string {
 	decision := ast.MustParseRef("data.autonomy.decision")
 	for _, m := range modules {
 		for _, r := range m.Parsed.Rules {
-			if r.Ref().GroundPrefix().HasPrefix(decision) || m.Parsed.Package.Path.Extend(r.Head.Ref().GroundPrefix()).HasPrefix(decision) {
-				return "autonomy/decision"
+			if m.Parsed.Package.Path.Extend(r.Head.Ref()).Equal(decision) {
+				return mainEntrypoint
 			}
 		}
 	}
-	return "autonomy/allow"
+	return fallbackEntrypoint
 }
 
 type file struct {

@@ -97,8 +97,8 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 	for _, m := range b.parsed.Modules {
 		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
 	}
-	if err := errors.Join(checkModules(modules)...); err != nil {
-		return nil, err
+	if faults := checkModules(modules); len(faults) > 0 {
+		return nil, joined(faults)
 	}
 
 	// One store per program, holding AST values, never written again. The one
@@ -117,8 +117,12 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 	}
 	entry := entryRef(b.Entrypoint)
 	if len(c.GetRulesExact(entry)) == 0 {
-		return nil, fmt.Errorf("no rule %s: define it, or name another in the manifest's metadata.autonomy.entrypoint%s",
-			entry, nearest(b.Entrypoint, entrypoints(modules)))
+		either := ""
+		if b.Entrypoint == fallbackEntrypoint {
+			either = "data.autonomy.decision or "
+		}
+		return nil, fmt.Errorf("no rule %s%s: define it, or name another as the entrypoint%s",
+			either, entry, nearest(b.Entrypoint, entrypoints(modules)))
 	}
 	query, err := rego.New(
 		rego.ParsedQuery(ast.NewBody(ast.NewExpr(ast.NewTerm(entry)))),
@@ -171,21 +175,21 @@ func entrypoints(modules map[string]*ast.Module) []string {
 
 // checkModules finds what must not be in a policy, in order of file and line,
 // so that the error is ours and not "undefined function".
-func checkModules(modules map[string]*ast.Module) []error {
-	var faults []error
+func checkModules(modules map[string]*ast.Module) []*PolicyError {
+	var faults []*PolicyError
 	for _, name := range slices.Sorted(maps.Keys(modules)) {
 		m := modules[name]
 		notFixed := m.RegoVersion() == ast.RegoV2 || importsRegoV2(m)
 		ast.WalkExprs(m, func(e *ast.Expr) bool {
 			if e.IsNegated() && !notFixed {
 				notFixed = true // once per file says it
-				faults = append(faults, fmt.Errorf("%s: `not` without `import rego.v2`: a missing input field would turn this negation off; add the import below the package line", position(name, e.Location)))
+				faults = append(faults, fault(name, e.Location, "`not` without `import rego.v2`: a missing input field would turn this negation off; add the import below the package line"))
 			}
 			return false
 		})
 		ast.WalkRefs(m, func(r ast.Ref) bool {
 			if why, ok := RefusedBuiltins[r.String()]; ok {
-				faults = append(faults, fmt.Errorf("%s: %s is not available in a policy: %s", position(name, r[0].Location), r, why))
+				faults = append(faults, fault(name, r[0].Location, fmt.Sprintf("%s is not available in a policy: %s", r, why)))
 			}
 			return false
 		})
@@ -193,11 +197,34 @@ func checkModules(modules map[string]*ast.Module) []error {
 	return faults
 }
 
-func position(file string, l *ast.Location) string {
-	if l == nil {
-		return file
+// PolicyError is a fault at a place in a policy. Compile's error may wrap several.
+type PolicyError struct {
+	File string
+	Line int // 0: unknown
+	Msg  string
+}
+
+func (e *PolicyError) Error() string {
+	if e.Line == 0 {
+		return e.File + ": " + e.Msg
 	}
-	return fmt.Sprintf("%s:%d", file, l.Row)
+	return fmt.Sprintf("%s:%d: %s", e.File, e.Line, e.Msg)
+}
+
+func fault(file string, l *ast.Location, msg string) *PolicyError {
+	e := &PolicyError{File: file, Msg: msg}
+	if l != nil {
+		e.Line = l.Row
+	}
+	return e
+}
+
+func joined(faults []*PolicyError) error {
+	errs := make([]error, len(faults))
+	for i, f := range faults {
+		errs[i] = f
+	}
+	return errors.Join(errs...)
 }
 
 var futureNot = ast.MustParseRef("future.keywords.not")

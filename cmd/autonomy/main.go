@@ -60,7 +60,9 @@ Start with "autonomy demo": it runs everything on this machine in half a minute.
 
 // commands lists the constructors, in the order of --help. Each returns a
 // complete command; usage faults leave RunE through run.Exit(run.Usage, …).
-var commands = []func() *cobra.Command{}
+var commands = []func() *cobra.Command{
+	newPolicy,
+}
 
 // usageArgs turns cobra's complaint about arguments into a usage error.
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {

@@ -72,6 +72,7 @@ host_listed if {
 # The endpoint taken apart. It is undefined for anything but a plain http(s)
 # address, so https://example.org@evil.test/ has no host and is on no list.
 url := {"host": lower(parts[1]), "port": parts[2]} if {
+	is_string(input.params.endpoint)
 	pattern := `^https?://([A-Za-z0-9.-]+)(:[0-9]{1,5})?(?:[/?#].*)?$`
 	some parts in regex.find_all_string_submatch_n(pattern, input.params.endpoint, 1)
 }

@@ -1,4 +1,7 @@
-# Tests of the quickstart policy. Run: autonomy policy test examples/quickstart/policy
+# Tests of the quickstart policy: what it allows, what it denies, and with which
+# reason. Run them with
+#
+#	autonomy policy test examples/quickstart/policy
 package autonomy_test
 
 import rego.v2
@@ -105,7 +108,9 @@ test_incomplete_calls_are_denied_with_a_reason if {
 
 # ---- helpers -----------------------------------------------------------------
 
-get(endpoint) := autonomy.decision with input as {"kind": "tool.http_get", "params": {"endpoint": endpoint}}
+get(endpoint) := answer if {
+	answer := autonomy.decision with input as {"kind": "tool.http_get", "params": {"endpoint": endpoint}}
+}
 
 # The codes of a denied call; undefined, so that the test fails, for an allowed one.
 codes(call) := {reason.code | some reason in answer.reasons} if {
