@@ -89,7 +89,7 @@ func newSides(o *options) ([]side, error) {
 				addr := ln.Addr().String()
 				ln.Close()
 				s, err := start(ctx, dir, o.opa, "run", "--server", "--addr", addr, "--log-level", "error",
-					"--disable-telemetry", "--bundle", o.bundle)
+					"--skip-version-check", "--bundle", o.bundle)
 				if err != nil {
 					return nil, err
 				}

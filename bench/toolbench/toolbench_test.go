@@ -76,7 +76,7 @@ func fakeOPA(args []string) error {
 	fs := flag.NewFlagSet("opa", flag.ContinueOnError)
 	addr := fs.String("addr", "", "")
 	fs.Bool("server", false, "")
-	fs.Bool("disable-telemetry", false, "")
+	fs.Bool("skip-version-check", false, "")
 	fs.String("log-level", "", "")
 	fs.String("bundle", "", "")
 	if err := fs.Parse(args); err != nil {

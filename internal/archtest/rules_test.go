@@ -93,7 +93,7 @@ var rules = []rule{
 	{
 		name:   "test-code-in-tests",
 		reason: "helpers that kill processes and keep modules alive do not belong in a program",
-		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/archtest", module+"/internal/deps", module+"/verify/verifytest", module+"/cp/store/storetest"),
+		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "internal/oci/ocitest", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/archtest", module+"/internal/deps", module+"/internal/oci/ocitest", module+"/verify/verifytest", module+"/cp/store/storetest"),
 	},
 	{
 		name:   "words",
@@ -104,7 +104,8 @@ var rules = []rule{
 
 // unsafeFiles may import unsafe or map files into memory, each for its reason.
 var unsafeFiles = map[string]string{
-	"wal/mmap.go": "the log's segments are mapped: recovery and readers see the bytes that the kernel has, and an append is a copy",
+	"assurance/confine/confine.go": "the probe hands structures to Landlock and seccomp in calls that x/sys/unix does not wrap",
+	"wal/mmap.go":                  "the log's segments are mapped: recovery and readers see the bytes that the kernel has, and an append is a copy",
 }
 
 // dialImports and dialSymbols are the ways out of a process.
@@ -145,7 +146,8 @@ var packages = []pkg{
 	{"cmd/autonomy-relay", []string{"relay", anyInternal}},
 	// The operator's program links everything: demo runs the daemons in one
 	// process, the rest reads bundles, locks and logs offline.
-	{"cmd/autonomy", []string{"node", "node/tool", "cp", "relay", "prepared", "wal", "verify/...", "fingerprint", "assurance/...", anyInternal}},
+	{"cmd/autonomy", []string{"node", "node/tool", "cp", "relay", "prepared", "wal", "verify/...", "fingerprint", "assurance/...", "examples", anyInternal}},
+	{"examples", nil}, // files to embed
 
 	{"node", []string{"node/...", "prepared", "wal", "verify/...", "fingerprint", "assurance/...", anyInternal}},
 	{"node/call", []string{"prepared", "wal", "node/tool", "node/tool/executor", anyInternal}},
