@@ -1,0 +1,47 @@
+package node
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/autonomyops/autonomy/internal/oci"
+	"github.com/autonomyops/autonomy/internal/run"
+	"github.com/autonomyops/autonomy/node/release"
+	"github.com/autonomyops/autonomy/verify"
+	"github.com/autonomyops/autonomy/verify/sigstore"
+	"github.com/autonomyops/autonomy/wal"
+)
+
+// connectReleases prepares the way on which releases come in. Nothing is dialled.
+func (n *node) connectReleases() error {
+	data, err := os.ReadFile(n.cfg.Trust)
+	if err != nil {
+		return run.Exit(run.Usage, fmt.Errorf("--trust: %w", err))
+	}
+	keyring, err := verify.ParseKeyring(data)
+	if err != nil {
+		return run.Exit(run.Usage, fmt.Errorf("--trust %s: %w", n.cfg.Trust, err))
+	}
+	artifacts, err := sigstore.New(keyring)
+	if err != nil {
+		return run.Exit(run.Usage, fmt.Errorf("--trust %s: %w", n.cfg.Trust, err))
+	}
+	content, err := oci.New(oci.Options{Mirror: n.cfg.Relay, PlainHTTP: n.cfg.PlainHTTP})
+	if err != nil {
+		return run.Exit(run.Usage, fmt.Errorf("--relay-url: %w", err))
+	}
+	if n.client, err = release.NewClient(n.cfg.CP); err != nil {
+		return run.Exit(run.Usage, fmt.Errorf("--cp-url: %w", err))
+	}
+	n.poller, err = release.New(release.Options{
+		CP: n.client, Fetch: release.Registry{Client: content}, Keyring: keyring, Artifact: artifacts, Slots: n.slots,
+		Dir: filepath.Join(n.cfg.StateDir, "release"), NodeID: n.id, Channel: n.cfg.Channel, Interval: n.cfg.Poll,
+		Runtime: run.Version, Logger: n.log,
+		Note: func(eventType string, body any) { n.note(wal.ClassLifecycle, eventType, body) },
+	})
+	if err != nil {
+		return run.Exit(run.Integrity, err)
+	}
+	return nil
+}
