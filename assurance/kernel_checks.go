@@ -73,7 +73,7 @@ func probeCgroup(ctx context.Context) []Check {
 	if err := errors.Join(killGroup(cleanup, g, ch), g.Remove(cleanup), release()); err != nil {
 		group = group.failed(err)
 	} else {
-		group.Result, group.Detail = OK, "the child was a member, was killed, the cgroup is gone"
+		group.Result, group.Detail = OK, "a child entered, was killed, the cgroup is gone"
 	}
 	return []Check{group, limits, egress}
 }
@@ -119,7 +119,7 @@ func checkControllers(c Check, g *cgroup.Group) Check {
 	case len(missing) == 0:
 		c.Result, c.Detail = OK, strings.Join(have, ", ")
 	case len(missing) == len(wantControllers):
-		c.Result, c.Detail = Failed, "none of "+strings.Join(wantControllers, ", ")+": they are not enabled here, or held by cgroup v1"
+		c.Result, c.Detail = Failed, "none of "+strings.Join(wantControllers, ", ")+": not enabled, or held by cgroup v1"
 	default:
 		c.Result, c.Detail = Degraded, "missing: "+strings.Join(missing, ", ")
 	}
@@ -137,7 +137,7 @@ func checkEgress(c Check, ch *child.Child) Check {
 	case allowed == unix.EPERM:
 		return c.failed(errors.New("a connect that the program allows was refused"))
 	}
-	c.Result, c.Detail = OK, "the listed destination was refused, another was not"
+	c.Result, c.Detail = OK, "one connect was refused, another was not"
 	return c
 }
 

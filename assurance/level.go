@@ -20,15 +20,15 @@ type Requirement struct {
 // row whose check is missing from the report does not hold. Docs and "autonomy
 // doctor" print it.
 var Table = []Requirement{
-	{"state_dir", OK, OK, "records can vanish or be shared with another machine"},
-	{"fsync", Degraded, OK, "a record called durable can be lost in a power cut"},
-	{"cgroup_v2", "", OK, "a timed-out tool can leave processes behind"},
-	{"cgroup_controllers", "", OK, "memory, pids and cpu limits of a policy are refused"},
-	{"ebpf_connect", "", OK, "egress of a process cannot be held to a list by the kernel"},
-	{"landlock", Degraded, OK, "a tool can open any file that its user can"},
+	{"state_dir", OK, OK, "records vanish, or others change them"},
+	{"fsync", Degraded, OK, "a power cut takes durable records"},
+	{"cgroup_v2", "", OK, "a stopped tool leaves processes"},
+	{"cgroup_controllers", "", OK, "limits of a policy are refused"},
+	{"ebpf_connect", "", OK, "a process can connect anywhere"},
+	{"landlock", Degraded, OK, "a tool opens what its user can"},
 	{"seccomp", OK, OK, "a tool can use every system call"},
-	{"privileges", "", Degraded, "the kernel's means cannot be set up"},
-	{"clock", Degraded, Degraded, "times in records and expiry checks can be wrong"},
+	{"privileges", "", Degraded, "nothing can be set up"},
+	{"clock", Degraded, Degraded, "times and expiry are wrong"},
 }
 
 // rank orders results; a missing check ranks lowest.

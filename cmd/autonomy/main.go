@@ -62,6 +62,9 @@ Start with "autonomy demo": it runs everything on this machine in half a minute.
 // complete command; usage faults leave RunE through run.Exit(run.Usage, …).
 var commands = []func() *cobra.Command{
 	newPolicy,
+	newCall,
+	newDoctor,
+	newKey, newKeyring, newLock, newSign, newVerify, newOCI, newRelease,
 }
 
 // usageArgs turns cobra's complaint about arguments into a usage error.
