@@ -260,3 +260,52 @@ func links(t *testing.T, root, program string) []string {
 	}
 	return out
 }
+
+// TestInvariantsPage holds docs/invariants.md to the rules: each rule that
+// guards an invariant stands in that invariant's row, and each rule that a row
+// names exists.
+func TestInvariantsPage(t *testing.T) {
+	root, err := moduleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile(filepath.Join(root, "docs", "invariants.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	guards := map[string]string{} // the last column, by invariant
+	for line := range strings.Lines(string(page)) {
+		cells := strings.Split(line, "|")
+		if len(cells) == 7 && strings.HasPrefix(cells[1], " INV-") {
+			guards[strings.TrimSpace(cells[1])] = cells[5]
+		}
+	}
+	if len(guards) != 19 {
+		t.Errorf("the page has %d invariants, want 19", len(guards))
+	}
+	known := map[string]bool{}
+	has := func(name, invs string) {
+		known[name] = true
+		if invs == "" {
+			return
+		}
+		for _, inv := range strings.Split(invs, ", ") {
+			if !strings.Contains(guards[inv], "`"+name+"`") {
+				t.Errorf("the row of %s does not name its rule %s", inv, name)
+			}
+		}
+	}
+	for _, r := range rules {
+		has(r.name, r.inv)
+	}
+	for _, r := range linkRules {
+		has(r.name, r.inv)
+	}
+	for inv, cell := range guards {
+		for i, part := range strings.Split(cell, "`") {
+			if i%2 == 1 && !known[part] {
+				t.Errorf("the row of %s names %s, which is no rule", inv, part)
+			}
+		}
+	}
+}
