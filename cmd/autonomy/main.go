@@ -63,6 +63,7 @@ Start with "autonomy demo": it runs everything on this machine in half a minute.
 var commands = []func() *cobra.Command{
 	newPolicy,
 	newCall,
+	newRelay,
 	newDoctor,
 	newKey, newKeyring, newLock, newSign, newVerify, newOCI, newRelease,
 }

@@ -36,8 +36,10 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"exits": exits,
-			"serve": serve,
+			"exits":        exits,
+			"serve":        serve,
+			"registry":     startRegistry,
+			"controlplane": startControlPlane,
 		},
 	})
 }

@@ -36,14 +36,15 @@ func (c *Client) Referrers(ctx context.Context, repo, digest, artifactType strin
 	if err != nil {
 		return nil, err
 	}
-	if artifactType == "" {
-		return all, nil
-	}
 	out := []Descriptor{}
 	unsure := 0
 	for _, d := range all {
 		if d.ArtifactType == "" || d.ArtifactType == TypeEmpty {
 			if unsure++; unsure > maxUnsure {
+				if artifactType == "" {
+					out = append(out, d)
+					continue
+				}
 				return nil, fmt.Errorf("referrers of %s: %w: over %d without an artifact type", digest, ErrTooLarge, maxUnsure)
 			}
 			m, err := c.manifest(ctx, r, path, d.Digest, d.Digest)
@@ -54,7 +55,7 @@ func (c *Client) Referrers(ctx context.Context, repo, digest, artifactType strin
 			}
 			d.ArtifactType = m.Type()
 		}
-		if d.ArtifactType == artifactType {
+		if artifactType == "" || d.ArtifactType == artifactType {
 			out = append(out, d)
 		}
 	}
