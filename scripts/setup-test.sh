@@ -20,7 +20,7 @@ flock 9 # two checkouts may set up at once
 # that what was built there is moved into place in one step.
 scratch() {
 	scratch=$(mktemp -d "$cache_bin/.build-XXXXXX")
-	trap 'chmod -R u+w "$scratch"; rm -rf "$scratch"' EXIT
+	trap 'rm -rf "$scratch"' EXIT
 }
 
 # The race detector is the only thing here that needs cgo.
