@@ -156,13 +156,12 @@ func (l *Log) WaitDurable(ctx context.Context, seq uint64) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if l.durable.Load() >= seq {
-			return nil
-		}
-		if g.err != nil {
+		// Told of the failure even if the record is safe in another slot by now:
+		// its caller has waited on a disk that refused.
+		if g.err != nil && seq >= g.first {
 			return g.err
 		}
-		if closed {
+		if closed && l.durable.Load() < seq {
 			return ErrClosed
 		}
 	}

@@ -40,7 +40,8 @@ func (l *Log) commitLoop() {
 					l.join()
 				}
 				l.commit(0)
-				due = false
+				timer.Stop()
+				armed, due = false, false
 			case dirty && !armed:
 				timer.Reset(l.o.SyncInterval)
 				armed, again = true, false

@@ -36,7 +36,7 @@ func (l *Log) provision(rec *Recovery) error {
 	b, err := readSmall(l.path("meta"), 2*pageSize)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if err := l.checkUnused(); err != nil {
+		if err := checkUnused(l.dir); err != nil {
 			return err
 		}
 		slots := int(l.o.MaxBytes / l.o.SegmentBytes)
@@ -131,8 +131,8 @@ func (l *Log) rewriteMeta() error {
 }
 
 // checkUnused refuses to make a log over slots that hold one.
-func (l *Log) checkUnused() error {
-	names, err := filepath.Glob(l.path("slot-*"))
+func checkUnused(dir string) error {
+	names, err := filepath.Glob(filepath.Join(dir, "slot-*"))
 	if err != nil {
 		return err
 	}

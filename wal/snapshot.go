@@ -75,8 +75,8 @@ func openSnapshot(dir string) (_ *Snapshot, err error) {
 	}()
 	b, err := readSmall(filepath.Join(dir, "meta"), 2*pageSize)
 	if err != nil {
-		if _, e := os.Stat(filepath.Join(dir, slotName(0))); errors.Is(err, fs.ErrNotExist) && e == nil {
-			return nil, &DamageError{Slot: "meta", Reason: "it is missing"}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = errors.Join(checkUnused(dir), err)
 		}
 		return nil, err
 	}
