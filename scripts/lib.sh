@@ -12,22 +12,20 @@ die() {
 	exit 1
 }
 
+can_root() {
+	[ "$(id -u)" = 0 ] || { command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
+}
+
 # as_root CMD…: as it is for root, through sudo otherwise.
 as_root() {
-	if [ "$(id -u)" = 0 ]; then
-		"$@"
-	elif command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
-		sudo "$@"
-	else
-		die "this step needs root once: run as root: $*   then run it again"
-	fi
+	can_root || die "this step needs root, once; as root run '$*', then try again"
+	if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
 # apt_install PACKAGE…
 apt_install() {
 	command -v apt-get >/dev/null || die "no apt-get here: install the equivalent of the Debian packages: $*"
-	if ! as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null 2>&1; then
-		as_root apt-get update -qq # a fresh image has no package lists
-		as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
-	fi
+	can_root || die "this step needs root, once; as root run 'apt-get install $*', then try again"
+	as_root apt-get update -qq # a fresh image has no package lists, and old lists name files that are gone
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
