@@ -57,7 +57,7 @@ var Dirs = []string{"tmp", "blobs", "blobs/sha256"}
 
 // maxSpare bounds the room that blobs leave for state files: this, or a 64th of
 // the ceiling where that is less.
-const maxSpare = 4 << 20
+const maxSpare = 1 << 20
 
 // Cache is the store. Make one with Open.
 type Cache struct {

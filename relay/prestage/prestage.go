@@ -698,4 +698,3 @@ func (s *Stager) Summary() Summary {
 	}
 	return sum
 }
-
