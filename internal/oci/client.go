@@ -273,7 +273,7 @@ func read(what string, resp *http.Response, limit int64, want string) ([]byte, e
 }
 
 func (c *Client) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, c.opts.Timeout, fmt.Errorf("no answer within %s", c.opts.Timeout))
+	return context.WithTimeoutCause(ctx, c.opts.Timeout, fmt.Errorf("no complete answer within %s: %w", c.opts.Timeout, context.DeadlineExceeded))
 }
 
 func (r *registry) url(repo string, parts ...string) string {

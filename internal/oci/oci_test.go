@@ -5,8 +5,6 @@ import (
 	"context"
 	"errors"
 	"testing"
-
-	"github.com/autonomyops/autonomy/internal/oci/ocitest"
 )
 
 func newClient(t *testing.T, o Options) *Client {
@@ -17,18 +15,6 @@ func newClient(t *testing.T, o Options) *Client {
 	}
 	t.Cleanup(c.Close)
 	return c
-}
-
-// registries runs a test against each peer: a real registry without the
-// referrers API, one with it, one in memory without.
-func registries(t *testing.T, f func(t *testing.T, host string)) {
-	for name, start := range map[string]func(testing.TB) string{
-		"docker-registry":       ocitest.Docker,
-		"memory, referrers API": func(t testing.TB) string { return ocitest.Memory(t, true) },
-		"memory, fallback tag":  func(t testing.TB) string { return ocitest.Memory(t, false) },
-	} {
-		t.Run(name, func(t *testing.T) { f(t, start(t)) })
-	}
 }
 
 func TestPushPullAttach(t *testing.T) {
