@@ -47,10 +47,9 @@ func (s *Server) body(w http.ResponseWriter, r *http.Request, limit int64) (data
 		p.RetryAfter = time.Second
 		return nil, nil, p
 	}
-	release = func() { s.bodies.Release(share) }
 	defer func() {
 		if err != nil {
-			release()
+			s.bodies.Release(share)
 		}
 	}()
 	wire := &counter{r: http.MaxBytesReader(w, r.Body, limit)}
@@ -66,7 +65,7 @@ func (s *Server) body(w http.ResponseWriter, r *http.Request, limit int64) (data
 	if err != nil {
 		return nil, nil, readError(err, limit)
 	}
-	return data, release, nil
+	return data, func() { s.bodies.Release(share) }, nil
 }
 
 // readAll reads up to limit bytes; hint is a first guess at the size that the

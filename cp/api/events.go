@@ -187,6 +187,7 @@ func (s *Server) streamEvents(w http.ResponseWriter, r *http.Request, f store.Fi
 	}
 	var buf bytes.Buffer
 	enc := json.NewEncoder(&buf)
+	enc.SetEscapeHTML(false)
 	for first := true; ; first = false {
 		ctx, cancel := context.WithTimeout(r.Context(), handleTimeout)
 		page, next, more, err := s.o.Store.QueryEvents(ctx, f, after, size)

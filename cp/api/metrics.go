@@ -40,9 +40,10 @@ func newCounters(s *Server) counters {
 	}
 }
 
-// route is a line of the table, so the label has few values.
+// route is a line of the table, so the label has few values. A histogram, since
+// the library's summaries start a goroutine that never ends.
 func (c *counters) request(route string, took time.Duration) {
-	c.set.GetOrCreateSummary(fmt.Sprintf("autonomy_cp_request_seconds{route=%q}", route)).Update(took.Seconds())
+	c.set.GetOrCreateHistogram(fmt.Sprintf("autonomy_cp_request_seconds{route=%q}", route)).Update(took.Seconds())
 }
 
 func (c *counters) problem(p *problem.Problem) {
