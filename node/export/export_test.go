@@ -1,0 +1,353 @@
+package export_test
+
+import (
+	"compress/gzip"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	collogs "go.opentelemetry.io/proto/otlp/collector/logs/v1"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/internal/otlp"
+	"github.com/autonomyops/autonomy/node/export"
+	"github.com/autonomyops/autonomy/wal"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// sink is an OTLP endpoint, over gRPC and HTTP, that keeps what it took.
+type sink struct {
+	collogs.UnimplementedLogsServiceServer
+
+	mu     sync.Mutex
+	seqs   []int64
+	node   string
+	answer func(*collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) // nil: take all
+}
+
+func (s *sink) Export(_ context.Context, req *collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	resp := &collogs.ExportLogsServiceResponse{}
+	if s.answer != nil {
+		var err error
+		if resp, err = s.answer(req); err != nil {
+			return nil, err
+		}
+	}
+	for _, rl := range req.ResourceLogs {
+		for _, kv := range rl.Resource.Attributes {
+			if kv.Key == event.ResourceInstance {
+				s.node = kv.Value.GetStringValue()
+			}
+		}
+		for _, sl := range rl.ScopeLogs {
+			for _, lr := range sl.LogRecords {
+				for _, kv := range lr.Attributes {
+					if kv.Key == event.AttrSeq {
+						s.seqs = append(s.seqs, kv.Value.GetIntValue())
+					}
+				}
+			}
+		}
+	}
+	return resp, nil
+}
+
+func (s *sink) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	zr, err := gzip.NewReader(r.Body)
+	if err != nil || r.Header.Get("Content-Type") != "application/x-protobuf" {
+		http.Error(w, "want gzipped protobuf", http.StatusUnsupportedMediaType)
+		return
+	}
+	data, err := io.ReadAll(zr)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	var req collogs.ExportLogsServiceRequest
+	if err := proto.Unmarshal(data, &req); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	resp, err := s.Export(r.Context(), &req)
+	if err != nil {
+		code := http.StatusServiceUnavailable
+		if status.Code(err) == codes.InvalidArgument {
+			code = http.StatusBadRequest
+		}
+		http.Error(w, err.Error(), code)
+		return
+	}
+	out, err := proto.Marshal(resp)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	_, _ = w.Write(out)
+}
+
+func (s *sink) taken() []int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]int64(nil), s.seqs...)
+}
+
+// listen serves s and returns its endpoint.
+func (s *sink) listen(t *testing.T, scheme string) string {
+	t.Helper()
+	if scheme == "http" {
+		srv := httptest.NewServer(s)
+		t.Cleanup(srv.Close)
+		return srv.URL + "/v1/events"
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer()
+	collogs.RegisterLogsServiceServer(srv, s)
+	go srv.Serve(ln)
+	t.Cleanup(srv.Stop)
+	return "grpc://" + ln.Addr().String()
+}
+
+type rig struct {
+	t        *testing.T
+	dir      string
+	log      *wal.Log
+	rejected []string
+	mu       sync.Mutex
+}
+
+func newRig(t *testing.T) *rig {
+	r := &rig{t: t, dir: filepath.Join(t.TempDir(), "wal")}
+	r.open()
+	t.Cleanup(func() { r.log.Close() })
+	return r
+}
+
+func (r *rig) open() {
+	r.t.Helper()
+	var err error
+	if r.log, _, err = wal.Open(r.dir, wal.Options{SegmentBytes: 1 << 20, MaxBytes: 4 << 20, SyncInterval: time.Millisecond}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// append writes n records.
+func (r *rig) append(n int) {
+	r.t.Helper()
+	for range n {
+		rec := otlp.Record{TimeUnixNano: 1, Severity: otlp.Info, EventType: event.Decision, LogID: r.log.ID(), Class: "decision",
+			Decision: "allow", Body: []byte(`{"input":{"kind":"tool.echo"}}`)}
+		res, err := r.log.Reserve(wal.ClassDecision, rec.Size())
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		rec.Put(res.Buf, res.Seq)
+		res.Commit()
+	}
+	if err := r.log.Sync(r.t.Context()); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// run exports to endpoint until the returned function is called.
+func (r *rig) run(endpoint string) (e *export.Exporter, stop func()) {
+	r.t.Helper()
+	e, err := export.New(export.Options{Log: r.log, Endpoint: endpoint, Resource: otlp.Resource{ServiceName: "autonomy-node", InstanceID: "n-1"},
+		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), BatchRecords: 10, MinBackoff: time.Millisecond, MaxBackoff: 20 * time.Millisecond,
+		OnRejected: func(first, last uint64, n int64, why string) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.rejected = append(r.rejected, fmt.Sprintf("%d-%d: %d %s", first, last, n, why))
+		}})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- e.Run(ctx) }()
+	return e, func() {
+		cancel()
+		if err := <-done; err != nil {
+			r.t.Errorf("Run: %v", err)
+		}
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+		if ok() {
+			return
+		}
+	}
+	t.Fatalf("not in time: %s", what)
+}
+
+func wantSeqs(t *testing.T, have []int64, n int) {
+	t.Helper()
+	if len(have) != n {
+		t.Fatalf("%d records, want %d", len(have), n)
+	}
+	for i, s := range have {
+		if s != int64(i+1) {
+			t.Fatalf("record %d has sequence %d", i+1, s)
+		}
+	}
+}
+
+func TestDelivery(t *testing.T) {
+	for _, scheme := range []string{"grpc", "http"} {
+		t.Run(scheme, func(t *testing.T) {
+			r, s := newRig(t), &sink{}
+			endpoint := s.listen(t, scheme)
+			r.append(35)
+			e, stop := r.run(endpoint)
+			eventually(t, "delivered", func() bool { return e.Status().Delivered == 35 })
+			r.append(5) // and what comes later
+			eventually(t, "delivered later", func() bool { return e.Status().Delivered == 40 })
+			stop()
+			wantSeqs(t, s.taken(), 40)
+			if s.node != "n-1" {
+				t.Errorf("resource names %q", s.node)
+			}
+			if c := r.log.Cursor(wal.ClassDecision); c != 40 {
+				t.Errorf("cursor %d", c)
+			}
+			// A restart goes on where it was.
+			if err := r.log.Close(); err != nil {
+				t.Fatal(err)
+			}
+			r.open()
+			r.append(1)
+			e, stop = r.run(endpoint)
+			eventually(t, "delivered after a restart", func() bool { return e.Status().Delivered == 41 })
+			stop()
+			wantSeqs(t, s.taken(), 41)
+		})
+	}
+}
+
+// TestOutage: nothing moves while the endpoint refuses, nothing is lost after.
+func TestOutage(t *testing.T) {
+	for _, scheme := range []string{"grpc", "http"} {
+		t.Run(scheme, func(t *testing.T) {
+			r, s := newRig(t), &sink{}
+			s.answer = func(*collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {
+				return nil, status.Error(codes.Unavailable, "busy")
+			}
+			r.append(25)
+			e, stop := r.run(s.listen(t, scheme))
+			defer stop()
+			eventually(t, "three attempts", func() bool { return e.Status().Attempts >= 3 })
+			if st := e.Status(); st.State != "retrying" || st.Delivered != 0 || st.Pending != 25 || st.LastError == "" {
+				t.Errorf("%+v", st)
+			}
+			if c := r.log.Cursor(wal.ClassDecision); c != 0 {
+				t.Errorf("the cursor moved to %d", c)
+			}
+			s.mu.Lock()
+			s.answer = nil
+			s.mu.Unlock()
+			eventually(t, "delivered", func() bool { return e.Status().Delivered == 25 })
+			wantSeqs(t, s.taken(), 25)
+		})
+	}
+}
+
+// TestPoison: one record that the endpoint refuses for ever does not stop the rest.
+func TestPoison(t *testing.T) {
+	for _, scheme := range []string{"grpc", "http"} {
+		t.Run(scheme, func(t *testing.T) {
+			r, s := newRig(t), &sink{}
+			s.answer = func(req *collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {
+				for _, lr := range req.ResourceLogs[0].ScopeLogs[0].LogRecords {
+					for _, kv := range lr.Attributes {
+						if kv.Key == event.AttrSeq && kv.Value.GetIntValue() == 7 {
+							return nil, status.Error(codes.InvalidArgument, "bad record")
+						}
+					}
+				}
+				return &collogs.ExportLogsServiceResponse{}, nil
+			}
+			r.append(12)
+			e, stop := r.run(s.listen(t, scheme))
+			eventually(t, "delivered", func() bool { return e.Status().Delivered == 12 })
+			stop()
+			if have := s.taken(); len(have) != 11 {
+				t.Errorf("taken: %v", have)
+			}
+			if st := e.Status(); st.Rejected != 1 || len(r.rejected) != 1 || !strings.Contains(r.rejected[0], "1 ") {
+				t.Errorf("%+v %v", st, r.rejected)
+			}
+		})
+	}
+}
+
+func TestPartialSuccess(t *testing.T) {
+	r, s := newRig(t), &sink{}
+	s.answer = func(*collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {
+		return &collogs.ExportLogsServiceResponse{PartialSuccess: &collogs.ExportLogsPartialSuccess{RejectedLogRecords: 2, ErrorMessage: "too old"}}, nil
+	}
+	r.append(5)
+	e, stop := r.run(s.listen(t, "grpc"))
+	eventually(t, "delivered", func() bool { return e.Status().Delivered == 5 })
+	stop()
+	if e.Status().Rejected != 2 || len(r.rejected) != 1 || !strings.Contains(r.rejected[0], "too old") {
+		t.Errorf("%+v %v", e.Status(), r.rejected)
+	}
+}
+
+// TestRetryAfter: the server's wish is kept, within the longest backoff.
+func TestRetryAfter(t *testing.T) {
+	r := newRig(t)
+	var mu sync.Mutex
+	var times []time.Time
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		times = append(times, time.Now())
+		w.Header().Set("Retry-After", "3600")
+		w.WriteHeader(http.StatusTooManyRequests)
+	}))
+	defer srv.Close()
+	r.append(1)
+	_, stop := r.run(srv.URL)
+	eventually(t, "three attempts", func() bool { mu.Lock(); defer mu.Unlock(); return len(times) >= 3 })
+	stop()
+	if d := times[2].Sub(times[1]); d < 15*time.Millisecond {
+		t.Errorf("attempts %s apart, want the longest backoff of 20 ms", d)
+	}
+}
+
+func TestEndpointForm(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                "want grpc://HOST:PORT",
+		"collector:4317":  "want",
+		"ftp://collector": "want the scheme",
+		"grpc://":         "want grpc://HOST:PORT",
+		"http://a b/":     "want grpc://HOST:PORT",
+	} {
+		if _, err := export.New(export.Options{Endpoint: in}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", in, err, want)
+		}
+	}
+}
