@@ -3,7 +3,6 @@ package relay_test
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,9 +10,6 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,7 +28,6 @@ import (
 	"github.com/autonomyops/autonomy/relay"
 	"github.com/autonomyops/autonomy/relay/oci"
 	"github.com/autonomyops/autonomy/relay/prestage"
-	"github.com/autonomyops/autonomy/verify"
 )
 
 func TestMain(m *testing.M) { testutil.Main(m) }
@@ -314,11 +309,3 @@ func TestPullThroughRelay(t *testing.T) {
 		})
 	}
 }
-
-var (
-	_ = slices.Sort[[]string]
-	_ = os.Args
-	_ = filepath.Join
-	_ ed25519.PublicKey
-	_ = verify.NewKeyring
-)
