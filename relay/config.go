@@ -29,7 +29,9 @@ type Config struct {
 	Trust         string    // keyring file; without it no list is accepted
 	AllowUnsigned bool      // accept lists without a signature; loopback listeners only, not with Trust
 	MaxAttempts   int       // per item
-	MinRate       conf.Size // bytes per second of the upstream
+	RetryPause    time.Duration
+	RetryPauseMax time.Duration // the pause before the next attempt doubles from RetryPause to this
+	MinRate       conf.Size     // bytes per second of the upstream
 	IdleTimeout   time.Duration
 	TotalTimeout  time.Duration // for one blob
 	MaxConns      int           // per listener
@@ -43,17 +45,19 @@ type Config struct {
 // Defaults are the values of a relay that is told nothing.
 func Defaults() Config {
 	return Config{
-		Listen:       []string{"127.0.0.1:5080"},
-		StateDir:     defaultStateDir(),
-		MaxBytes:     10 << 30,
-		KeepFree:     1 << 30,
-		MinInodes:    1024,
-		MaxAttempts:  10,
-		MinRate:      1 << 10,
-		IdleTimeout:  30 * time.Second,
-		TotalTimeout: time.Hour,
-		MaxConns:     1024,
-		Shutdown:     10 * time.Second,
+		Listen:        []string{"127.0.0.1:5080"},
+		StateDir:      defaultStateDir(),
+		MaxBytes:      10 << 30,
+		KeepFree:      1 << 30,
+		MinInodes:     1024,
+		MaxAttempts:   10,
+		RetryPause:    time.Second,
+		RetryPauseMax: 5 * time.Minute,
+		MinRate:       1 << 10,
+		IdleTimeout:   30 * time.Second,
+		TotalTimeout:  time.Hour,
+		MaxConns:      1024,
+		Shutdown:      10 * time.Second,
 	}
 }
 
@@ -83,6 +87,8 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Trust, "trust", c.Trust, "accept prestage lists signed by the release keys in `KEYRING`")
 	fs.BoolVar(&c.AllowUnsigned, "allow-unsigned-prestage", c.AllowUnsigned, "accept unsigned prestage lists; for development, on loopback only")
 	fs.IntVar(&c.MaxAttempts, "max-attempts", c.MaxAttempts, "attempts per prestage item; then it waits for a list with a higher sequence")
+	fs.DurationVar(&c.RetryPause, "retry-pause", c.RetryPause, "time before the second attempt; it doubles with each")
+	fs.DurationVar(&c.RetryPauseMax, "retry-pause-max", c.RetryPauseMax, "longest time between attempts")
 	fs.Var(&c.MinRate, "min-rate", "bytes per second below which a transfer from the upstream is given up")
 	fs.DurationVar(&c.IdleTimeout, "idle-timeout", c.IdleTimeout, "longest wait for the upstream's next byte")
 	fs.DurationVar(&c.TotalTimeout, "total-timeout", c.TotalTimeout, "longest transfer of one blob, resumes included")
@@ -137,6 +143,9 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxAttempts < 1 || c.MaxAttempts > 1000 {
 		fault("--max-attempts is %d, want 1 to 1000", c.MaxAttempts)
+	}
+	if c.RetryPause <= 0 || c.RetryPauseMax < c.RetryPause {
+		fault("--retry-pause is %s and --retry-pause-max %s: want more than 0, and the second not below the first", c.RetryPause, c.RetryPauseMax)
 	}
 	if c.MinRate < 1 || c.IdleTimeout <= 0 || c.TotalTimeout <= 0 {
 		fault("--min-rate, --idle-timeout and --total-timeout: want more than 0")

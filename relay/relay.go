@@ -112,7 +112,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	defer client.Close()
 	stager, err := prestage.Open(prestage.Config{Dir: root, Cache: store, Upstream: client, Keyring: cfg.Trust,
-		AllowUnsigned: cfg.AllowUnsigned, MaxAttempts: cfg.MaxAttempts, Log: log})
+		AllowUnsigned: cfg.AllowUnsigned, MaxAttempts: cfg.MaxAttempts, FirstPause: cfg.RetryPause, MaxPause: cfg.RetryPauseMax, Log: log})
 	if errors.Is(err, prestage.ErrDamaged) {
 		return run.Exit(run.Integrity, err)
 	}

@@ -60,6 +60,7 @@ func config(dir, upstream string) relay.Config {
 	cfg.MinInodes = 0
 	cfg.AllowUnsigned = true
 	cfg.Shutdown = 5 * time.Second
+	cfg.RetryPause = 10 * time.Millisecond
 	return cfg
 }
 
