@@ -10,7 +10,7 @@ import (
 )
 
 func benchLog(b *testing.B) *Log {
-	l, _ := open(b, b.TempDir(), Options{SegmentBytes: 64 << 20, MaxBytes: 256 << 20})
+	l, _ := open(b, b.TempDir(), Options{SegmentBytes: 16 << 20, MaxBytes: 64 << 20})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { // a consumer, so that slots are recycled
@@ -94,7 +94,7 @@ func BenchmarkDrain(b *testing.B) {
 	l := benchLog(b)
 	var last uint64
 	p := make([]byte, 1024)
-	for range 50_000 {
+	for range 12_000 {
 		last = benchAppend(b, l, p)
 	}
 	if err := l.WaitDurable(context.Background(), last); err != nil {

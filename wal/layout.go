@@ -199,7 +199,7 @@ func (x *meta) parse(b []byte) bool {
 	for i := range x.cursors {
 		x.cursors[i] = le.Uint64(b[48+8*i:])
 	}
-	return x.logID != 0 && x.slotBytes >= minSegment && x.slotBytes <= maxSegment && x.slotBytes%pageSize == 0 &&
+	return x.logID != 0 && x.slotBytes >= minSegment/2 && x.slotBytes <= maxSegment && x.slotBytes%pageSize == 0 &&
 		x.slots >= 2 && x.slots <= maxSlots
 }
 

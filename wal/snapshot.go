@@ -58,7 +58,7 @@ func OpenReadOnly(dir string) (*Snapshot, error) {
 		if s, err = openSnapshot(dir); err == nil {
 			return s, nil
 		}
-		if _, damaged := errors.AsType[*DamageError](err); !damaged {
+		if _, damaged := errors.AsType[*DamageError](err); !damaged || !locked(filepath.Join(dir, "lock")) {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)

@@ -38,6 +38,8 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits":        exits,
 			"serve":        serve,
+			"makewal":      makeWAL,
+			"flip":         flipBit,
 			"registry":     startRegistry,
 			"controlplane": startControlPlane,
 		},
