@@ -52,7 +52,7 @@ Start with "autonomy demo": it runs everything on this machine in half a minute.
 		return run.Exitf(run.Usage, "%w\nSee '%s --help'", err, c.CommandPath())
 	})
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
-	for _, newCommand := range commands {
+	for _, newCommand := range commands() {
 		root.AddCommand(newCommand())
 	}
 	return root
@@ -60,12 +60,16 @@ Start with "autonomy demo": it runs everything on this machine in half a minute.
 
 // commands lists the constructors, in the order of --help. Each returns a
 // complete command; usage faults leave RunE through run.Exit(run.Usage, …).
-var commands = []func() *cobra.Command{
-	newPolicy,
-	newCall,
-	newRelay,
-	newDoctor,
-	newKey, newKeyring, newLock, newSign, newVerify, newOCI, newRelease,
+func commands() []func() *cobra.Command {
+	return []func() *cobra.Command{
+		newDemo, newDaemon,
+		newPolicy,
+		newCall,
+		newRelay,
+		newDoctor,
+		newWAL,
+		newKey, newKeyring, newLock, newSign, newVerify, newOCI, newRelease,
+	}
 }
 
 // usageArgs turns cobra's complaint about arguments into a usage error.
