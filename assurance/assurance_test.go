@@ -49,8 +49,15 @@ func leftovers(t *testing.T, dir string) []string {
 
 func TestProbe(t *testing.T) {
 	dir := t.TempDir()
-	Probe(t.Context(), Options{StateDir: dir}) // warm
 	r := Probe(t.Context(), Options{StateDir: dir})
+	best := r.Took // other programs run on this machine: one warm probe within the budget shows that it can be kept
+	for range 5 {
+		r = Probe(t.Context(), Options{StateDir: dir})
+		best = min(best, r.Took)
+	}
+	if best > Budget {
+		t.Errorf("the fastest of 6 probes took %s, want at most %s", best, Budget)
+	}
 	for _, c := range r.Checks {
 		t.Logf("%-20s %-9s %8s  %s", c.Name, c.Result, c.Took.Round(100_000), c.Detail)
 		if c.Name == "" || c.Tried == "" || c.Why == "" || c.Detail == "" || rank(c.Result) == 0 {

@@ -74,8 +74,7 @@ func entries(dir string) ([]string, error) {
 const (
 	syncRounds = 10
 	syncBytes  = 4096
-	tooFast    = 10 * time.Microsecond  // no device answers sooner: the flush is not sent
-	tooSlow    = 100 * time.Millisecond // every recorded call waits this long
+	tooFast    = 10 * time.Microsecond // no device answers sooner: the flush is not sent
 )
 
 // probeSync times fdatasync on a file of the state directory. A time cannot
@@ -102,9 +101,7 @@ func probeSync(ctx context.Context, dir string) []Check {
 		c.Result, c.Detail = Degraded, c.Detail+": goes with the container"
 	case median < tooFast:
 		c.Result, c.Detail = Degraded, c.Detail+": faster than any disk, so nothing reaches one"
-	case median > tooSlow:
-		c.Result, c.Detail = Degraded, c.Detail+": every call waits this long"
-	default:
+	default: // a slow disk is honest
 		c.Result = OK
 	}
 	return []Check{c}

@@ -31,7 +31,7 @@ const MaxFileBytes = 1 << 20
 // Every fault of the file is reported at once, each with file and line.
 func Load(path string, o Options) (*Registry, error) {
 	if path == "" {
-		return Parse([]byte("tools: {tool.echo: {}}"), o)
+		return Parse(nil, o)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -45,8 +45,14 @@ func Load(path string, o Options) (*Registry, error) {
 	return parse(path, data, o)
 }
 
-// Parse is Load for bytes; errors name them tools.yaml.
-func Parse(data []byte, o Options) (*Registry, error) { return parse("tools.yaml", data, o) }
+// Parse is Load for bytes; errors name them tools.yaml. nil gives tool.echo
+// alone, as no file does; an empty file is an error.
+func Parse(data []byte, o Options) (*Registry, error) {
+	if data == nil {
+		data = []byte("tools: {tool.echo: {}}")
+	}
+	return parse("tools.yaml", data, o)
+}
 
 func parse(file string, data []byte, o Options) (*Registry, error) {
 	if len(data) > MaxFileBytes {

@@ -38,6 +38,7 @@ import (
 	"github.com/gowebpki/jcs"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/node/tool/executor"
 	"github.com/autonomyops/autonomy/node/tool/httptool"
@@ -173,6 +174,19 @@ const (
 	maxFaults    = 4
 	maxFaultText = 256
 )
+
+// Unenforceable names the limits of c that the tool cannot keep, "" for none.
+// The pipeline asks before it records an allow; Execute refuses them all the
+// same. What a tool has no part in, such as the processes of one that starts
+// none, it keeps.
+func (t *Tool) Unenforceable(c constraint.Constraints) string {
+	if e, ok := t.exec.(interface {
+		Unenforceable(constraint.Constraints) string
+	}); ok {
+		return e.Unenforceable(c)
+	}
+	return ""
+}
 
 // Options are what Load needs beside the file. The zero value is right for the
 // node.

@@ -152,7 +152,7 @@ func TestBadFiles(t *testing.T) {
 		"oversized":            {strings.Repeat("#", tool.MaxFileBytes+1), "over 1048576 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r, err := tool.Parse([]byte(tc.file), tool.Options{})
+			r, err := tool.Parse(append([]byte{}, tc.file...), tool.Options{})
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("error %v\nwant one with %q", err, tc.want)
 			}
@@ -294,6 +294,24 @@ func TestExecuteGuards(t *testing.T) {
 	}
 	if !strings.Contains(log.String(), "tool panicked") {
 		t.Errorf("the panic is not in the log: %s", log.String())
+	}
+}
+
+// TestUnenforceable: each kind says what it cannot keep, so that the pipeline
+// can deny before it records an allow.
+func TestUnenforceable(t *testing.T) {
+	r := parse(t, "tools: {tool.echo: {}, tool.shell: {}, tool.http_get: {hosts: [a]}, tool.fs.read: {root: /}, tool.exec.x: {argv: [/bin/true]}}")
+	all := constraint.Constraints{TimeoutMS: 1, OutputMaxBytes: 1, Env: []string{}, MemoryMax: 1, PidsMax: 1, CPUMax: "1 1", Egress: []string{}, FS: []string{}}
+	for kind, want := range map[string]string{
+		"tool.echo": "", "tool.http_get": "", "tool.fs.read": "",
+		"tool.exec.x": "memory_max, pids_max, cpu_max, egress, fs", "tool.shell": "memory_max, pids_max, cpu_max, egress, fs",
+	} {
+		if got := lookup(t, r, kind).Unenforceable(all); got != want {
+			t.Errorf("%s: %q, want %q", kind, got, want)
+		}
+		if got := lookup(t, r, kind).Unenforceable(constraint.Constraints{TimeoutMS: 1, OutputMaxBytes: 1, Env: []string{}}); got != "" {
+			t.Errorf("%s cannot keep %q", kind, got)
+		}
 	}
 }
 

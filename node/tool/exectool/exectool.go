@@ -47,6 +47,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/node/tool/executor"
 )
@@ -347,7 +348,7 @@ type output struct {
 
 // Execute runs the program.
 func (t *Tool) Execute(ctx context.Context, r *executor.Request) executor.Result {
-	if refused := unenforceable(r); refused != "" {
+	if refused := t.Unenforceable(r.Constraints); refused != "" {
 		return executor.Deny(CodeConstraint, "policy limits "+refused+" for this call, and nothing on this node enforces that for a program yet: remove the constraint, or deny the call")
 	}
 	values, err := t.values(r.Params)
@@ -368,10 +369,9 @@ func (t *Tool) Execute(ctx context.Context, r *executor.Request) executor.Result
 	return run(ctx, argv, t.narrow(r.Constraints.Env), t.cfg.Dir, values[t.cfg.Stdin], limit, r.Constraints.OutputMaxBytes)
 }
 
-// unenforceable names the limits of a policy that this package cannot keep.
-func unenforceable(r *executor.Request) string {
+// Unenforceable names the limits that this package cannot keep.
+func (t *Tool) Unenforceable(c constraint.Constraints) string {
 	var names []string
-	c := &r.Constraints
 	for _, l := range []struct {
 		name string
 		set  bool
