@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/metrics"
@@ -64,6 +65,7 @@ type Program struct {
 	query    rego.PreparedEvalQuery
 	options  []rego.EvalOption // those that are the same for every evaluation
 	usesTime bool              // calls time.now_ns
+	timeout  time.Duration     // EvalTimeout; less in tests
 }
 
 // Bundle is what the program was compiled from.
@@ -142,7 +144,7 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 		usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
 	}
 	return &Program{
-		bundle: b, query: query, usesTime: usesTime,
+		bundle: b, query: query, usesTime: usesTime, timeout: EvalTimeout,
 		options: []rego.EvalOption{
 			rego.EvalTransaction(txn),
 			rego.EvalMetrics(metrics.NoOp()),
@@ -190,6 +192,12 @@ func checkModules(modules map[string]*ast.Module) []*PolicyError {
 		ast.WalkRefs(m, func(r ast.Ref) bool {
 			if why, ok := RefusedBuiltins[r.String()]; ok {
 				faults = append(faults, fault(name, r[0].Location, fmt.Sprintf("%s is not available in a policy: %s", r, why)))
+			}
+			return false
+		})
+		ast.WalkTerms(m, func(t *ast.Term) bool {
+			if a, ok := t.Value.(*ast.Array); ok && a.Len() > 1 && a.Elem(1).Value.Compare(ast.String("Local")) == 0 {
+				faults = append(faults, fault(name, t.Location, "the time zone \"Local\" is another one on another machine: name one, for example \"Europe/Berlin\""))
 			}
 			return false
 		})

@@ -74,7 +74,7 @@ func (p *Program) eval(ctx context.Context, input []byte) (ast.Value, error) {
 	// One Cancel for the timeout and the context. OPA's own way is a goroutine
 	// per evaluation.
 	cancel := topdown.NewCancel()
-	timer := time.AfterFunc(EvalTimeout, cancel.Cancel)
+	timer := time.AfterFunc(p.timeout, cancel.Cancel)
 	defer timer.Stop()
 	if ctx.Done() != nil {
 		defer context.AfterFunc(ctx, cancel.Cancel)()
@@ -87,7 +87,7 @@ func (p *Program) eval(ctx context.Context, input []byte) (ast.Value, error) {
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("%w: %w", ErrBudget, context.Cause(ctx))
 		}
-		return nil, fmt.Errorf("%w: over %s", ErrBudget, EvalTimeout)
+		return nil, fmt.Errorf("%w: over %s", ErrBudget, p.timeout)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrEvaluation, err)
 	case len(rs) == 0:

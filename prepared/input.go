@@ -58,6 +58,23 @@ var (
 	errNumber    = errors.New("number out of range")
 )
 
+// contractTerms are the strings that every input has: terms are immutable and
+// shared, so these cost nothing.
+var contractTerms = func() map[string]*ast.Term {
+	m := map[string]*ast.Term{}
+	for name, fields := range inputFields {
+		m[name] = ast.StringTerm(name)
+		for _, f := range fields {
+			m[f] = ast.StringTerm(f)
+		}
+	}
+	for _, s := range []string{"type", "anonymous", "uid", "gid", "pid", "none", "reduced", "full", "endpoint", "path", "message",
+		"tool.echo", "tool.http_get", "tool.http_request", "tool.fs.read", "tool.fs.write", "tool.shell"} {
+		m[s] = ast.StringTerm(s)
+	}
+	return m
+}()
+
 type inputParser struct {
 	data []byte
 	pos  int
@@ -208,6 +225,9 @@ func (p *inputParser) str() (*ast.Term, error) {
 				raw = append(p.buf, raw...)
 			}
 			p.pos++
+			if t, ok := contractTerms[string(raw)]; ok { // no allocation
+				return t, nil
+			}
 			return ast.InternedTerm(string(raw)), nil
 		case c == '\\':
 			if !escaped {
