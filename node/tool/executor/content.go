@@ -12,9 +12,13 @@ const MaxContent = 720 << 10
 // Base64 is the encoding that Text reports for what is no text.
 const Base64 = "base64"
 
+// maxEscaped is how long text may become by JSON's escapes, in bytes, if that is
+// more than its base64: two such texts fit in MaxOutput. 480 KiB.
+const maxEscaped = 480 << 10
+
 // Text makes bytes from outside a JSON string. Valid UTF-8 stays as it is, with
-// encoding "". Anything else becomes base64; so does text that JSON would have
-// to escape to more than base64 needs, which keeps MaxContent a bound. When b
+// encoding "". Anything else becomes base64; so does text that escapes would
+// blow up beyond maxEscaped, which keeps MaxContent a bound. When b
 // was cut, a character that the cut went through is dropped, not held against
 // it.
 func Text(b []byte, cut bool) (s, encoding string) {
@@ -28,7 +32,7 @@ func Text(b []byte, cut bool) (s, encoding string) {
 			}
 		}
 	}
-	if utf8.Valid(b) && escaped(b) <= base64.StdEncoding.EncodedLen(len(b))+1024 {
+	if utf8.Valid(b) && escaped(b) <= max(maxEscaped, base64.StdEncoding.EncodedLen(len(b))) {
 		return string(b), ""
 	}
 	return base64.StdEncoding.EncodeToString(b), Base64
