@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -197,15 +198,13 @@ func loadDir(dir string, l Limits) (*source, error) {
 		if !info.Mode().IsRegular() {
 			return fmt.Errorf("%s: want a regular file, have %s", name, info.Mode().Type())
 		}
-		if size += info.Size(); size > l.MaxTotalBytes {
+		content, err := io.ReadAll(io.LimitReader(f, l.MaxTotalBytes-size+1))
+		if err != nil {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+		if size += int64(len(content)); size > l.MaxTotalBytes {
 			return fmt.Errorf("the files in %s have over %d bytes, the limit for a bundle", dir, l.MaxTotalBytes)
 		}
-		content := make([]byte, info.Size())
-		n, err := readFull(f, content)
-		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		content = content[:n]
 		switch {
 		case isInput:
 			src.inputs = append(src.inputs, sample{name, content})
@@ -239,23 +238,6 @@ func loadDir(dir string, l Limits) (*source, error) {
 		return nil, fmt.Errorf("no .rego file in %s", dir)
 	}
 	return src, nil
-}
-
-func readFull(f fs.File, buf []byte) (int, error) {
-	n := 0
-	for n < len(buf) {
-		k, err := f.Read(buf[n:])
-		n += k
-		if err != nil {
-			if errors.Is(err, fs.ErrClosed) {
-				return n, err
-			}
-			if k == 0 { // the file became shorter: what is there is what counts
-				return n, nil
-			}
-		}
-	}
-	return n, nil
 }
 
 // yamlToJSON converts data, so that a bundle holds JSON only and its reader

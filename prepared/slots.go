@@ -403,13 +403,23 @@ func (s *Slots) replaceActive(a *Active, keep bool) (err error) {
 	if err := s.stage(a); err != nil {
 		return errors.Join(err, s.remove(slotNext))
 	}
+	had, err := s.exists(slotActive)
+	if err != nil {
+		return errors.Join(err, s.remove(slotNext))
+	}
 	committed := false
 	defer func() {
-		if err != nil && !committed {
-			// Put everything back; the start does the same after a crash.
-			if _, uerr := s.recover(); uerr != nil {
-				err = errors.Join(err, fmt.Errorf("undo: %w", uerr))
-			}
+		if err == nil || committed {
+			return
+		}
+		// Put everything back, as the start does after a crash. Where nothing had
+		// to make room there is only next to remove.
+		undo := func() error { _, err := s.recover(); return err }
+		if !had {
+			undo = func() error { return s.remove(slotNext) }
+		}
+		if uerr := undo(); uerr != nil {
+			err = errors.Join(err, fmt.Errorf("undo: %w", uerr))
 		}
 	}()
 	if keep {

@@ -482,6 +482,41 @@ func TestStepFails(t *testing.T) {
 	}
 }
 
+// TestStepFailsWithoutActive: the active slot's directory is gone and the LKG
+// serves. A failing activation then leaves the LKG where it is.
+func TestStepFailsWithoutActive(t *testing.T) {
+	for n := 1; ; n++ {
+		dir := t.TempDir()
+		s, _ := open(t, dir)
+		activate(t, s, "1.0.0")
+		activate(t, s, "2.0.0")
+		if err := os.RemoveAll(filepath.Join(dir, slotActive)); err != nil {
+			t.Fatal(err)
+		}
+		s, _ = open(t, dir)
+		wantServing(t, s, "1.0.0 - 1.0.0")
+		before := tree(t, dir)
+		i := 0
+		s.opt.step = func(string) error {
+			if i++; i == n {
+				return errors.New("the disk is on fire")
+			}
+			return nil
+		}
+		if err := doOp(t, s, "3.0.0"); err == nil {
+			wantServing(t, s, "3.0.0 3.0.0 1.0.0")
+			if n < 5 {
+				t.Errorf("only %d steps", n)
+			}
+			return
+		}
+		wantServing(t, s, "1.0.0 - 1.0.0")
+		if after := tree(t, dir); !maps.Equal(before, after) {
+			t.Errorf("step %d: the disk changed: %v", n, slices.Sorted(maps.Keys(after)))
+		}
+	}
+}
+
 // TestKilledAtEachStep kills a child process at each step of each operation,
 // starts again, and finds what was before or what comes after: never a mixture,
 // never nothing, never a fault other than the interruption. What was started
