@@ -69,6 +69,7 @@ func commands() []func() *cobra.Command {
 		newDoctor,
 		newWAL,
 		newKey, newKeyring, newLock, newSign, newVerify, newOCI, newRelease,
+		newFleet, newEvents,
 	}
 }
 

@@ -42,6 +42,7 @@ func TestScripts(t *testing.T) {
 			"flip":         flipBit,
 			"registry":     startRegistry,
 			"controlplane": startControlPlane,
+			"post":         post,
 		},
 	})
 }
