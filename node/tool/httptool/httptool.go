@@ -88,7 +88,7 @@ type Config struct {
 	MaxBytes     int64          // of a body; 0: DefaultMaxBytes
 	Methods      []string       // nil: GET alone, and no body
 	Resolver     Resolver       // nil: net.DefaultResolver
-	RootCAs      *tls.Config    // nil: the system's roots; for tests
+	TLS          *tls.Config    // nil: the system's roots, no client certificate
 }
 
 // Tool is the executor.
@@ -457,7 +457,7 @@ func (g *gate) ask(ctx context.Context, method string, u *url.URL, addrs []netip
 			}
 			return nil, errors.Join(faults...)
 		},
-		TLSClientConfig:        g.tool.cfg.RootCAs.Clone(),
+		TLSClientConfig:        g.tool.cfg.TLS.Clone(),
 		TLSHandshakeTimeout:    dialTimeout,
 		DisableKeepAlives:      true,
 		DisableCompression:     true, // what arrives is what counts against the limit

@@ -327,7 +327,7 @@ func TestDowngradeIsRefused(t *testing.T) {
 	s.StartTLS()
 	defer s.Close()
 	tr := s.Client().Transport.(*http.Transport)
-	x := build(t, Config{Hosts: []string{"127.0.0.1"}, AllowPrivate: onlyLoopback, RootCAs: tr.TLSClientConfig})
+	x := build(t, Config{Hosts: []string{"127.0.0.1"}, AllowPrivate: onlyLoopback, TLS: tr.TLSClientConfig})
 	if r := get(t, x, s.URL); r.Code != CodeEgress || !strings.Contains(r.Message, "from https to http") {
 		t.Errorf("%+v", r)
 	}
