@@ -56,7 +56,7 @@ type ReleasePolicy struct {
 	Digest string `json:"digest"` // sha256 of the OCI manifest whose one layer is the bundle
 }
 
-// Repository and Digest are the two parts of the image reference.
+// Repository is the image reference without its digest.
 func (a ReleaseAgent) Repository() string { repo, _, _ := strings.Cut(a.Image, "@"); return repo }
 
 // Digest is the image manifest's digest.
@@ -84,6 +84,13 @@ var (
 	reBlake = regexp.MustCompile(`^blake3:[0-9a-f]{64}$`)
 )
 
+// validRepository reports whether s is registry/repository with the registry
+// written out: a dot, a port or localhost tells it from a path.
+func validRepository(s string) bool {
+	host, _, _ := strings.Cut(s, "/")
+	return len(s) <= 512 && reRepo.MatchString(s) && (strings.ContainsAny(host, ".:") || host == "localhost")
+}
+
 // Validate reports every fault of r's form. Faults wrap ErrRelease.
 func (r *Release) Validate() error {
 	var faults []error
@@ -100,13 +107,13 @@ func (r *Release) Validate() error {
 	if r.Sequence < 1 || r.Sequence > MaxSequence {
 		bad("sequence is %d, want 1 to %d", r.Sequence, uint64(MaxSequence))
 	}
-	if repo, digest, ok := strings.Cut(r.Agent.Image, "@"); !ok || len(repo) > 512 || !reRepo.MatchString(repo) || !reSHA.MatchString(digest) {
+	if repo, digest, ok := strings.Cut(r.Agent.Image, "@"); !ok || !validRepository(repo) || !reSHA.MatchString(digest) {
 		bad("agent.image is %q, want registry/repository@sha256:…", clip(r.Agent.Image))
 	}
 	if !reSHA.MatchString(r.Lock) {
 		bad("lock is %q, want sha256:…", clip(r.Lock))
 	}
-	if repo, tag := cutTag(r.Policy.Ref); len(repo) > 512 || !reRepo.MatchString(repo) {
+	if repo, tag := cutTag(r.Policy.Ref); !validRepository(repo) {
 		bad("policy.ref is %q, want registry/repository:VERSION", clip(r.Policy.Ref))
 	} else if _, err := semver.StrictNewVersion(tag); err != nil {
 		bad("policy.ref is %q, its tag must be the version, as in 1.4.2", clip(r.Policy.Ref))

@@ -322,6 +322,8 @@ func TestAttacks(t *testing.T) {
 		{"statement is a list", nil, func(f *fixture) { f.payload(verify.ReleaseMediaType, "[]") }, 1, verify.CodeReleaseMalformed, ""},
 		{"other schema", nil, func(f *fixture) { f.restate("autonomy.release/v0", "autonomy.release/v1") }, 1, verify.CodeReleaseMalformed, "schema is"},
 		{"image by tag", nil, func(f *fixture) { f.restate("/agents/a@sha256:", "/agents/a:sha256-") }, 1, verify.CodeReleaseMalformed, "agent.image"},
+		{"image without a registry", nil, func(f *fixture) { f.restate("registry.example/agents/a", "agents/a") }, 1, verify.CodeReleaseMalformed, "agent.image"},
+		{"image with a path that climbs", nil, func(f *fixture) { f.restate("registry.example/agents/a", "registry.example/../a") }, 1, verify.CodeReleaseMalformed, "agent.image"},
 		{"policy without a version", nil, func(f *fixture) { f.restate("edge:1.4.2", "edge:latest") }, 1, verify.CodeReleaseMalformed, "its tag must be the version"},
 		{"constraints with an alternative", nil, func(f *fixture) { f.restate(`"requires_runtime":">=0.1.0"`, `"requires_runtime":">=9 || >=0"`) }, 1, verify.CodeReleaseMalformed, "constraint"},
 

@@ -14,7 +14,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/autonomyops/autonomy/cp")
+	"github.com/autonomyops/autonomy/cp"
+)
 
 // startRegistry starts a registry in memory and sets VAR to its host:port:
 // registry VAR

@@ -65,6 +65,10 @@ type Client struct {
 
 	mu    sync.Mutex
 	conns map[string]*registry // by registry host
+
+	// fallbackMu is held while a fallback index is read and written, so that
+	// attaches of one client do not lose each other's entries.
+	fallbackMu sync.Mutex
 }
 
 // registry is the connection pool of one registry.

@@ -2,10 +2,12 @@ package oci
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -16,6 +18,9 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 // hostile answers every request by the handler and returns its host:port.
@@ -353,6 +358,88 @@ func TestCredentials(t *testing.T) {
 	wrong := newClient(t, Options{Keychain: staticKeychain{&authn.Basic{Username: "u", Password: "wrong-secret"}}})
 	if _, err := wrong.Blob(context.Background(), host+"/a", digest); !errors.Is(err, ErrUnauthorized) || strings.Contains(err.Error(), "secret") {
 		t.Errorf("with wrong credentials: %v, want ErrUnauthorized and no password in it", err)
+	}
+}
+
+// TestToken does the token handshake, against a token service on another port:
+// it must be allowed like any other host.
+func TestToken(t *testing.T) {
+	tokens := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+		if user, pass, _ := r.BasicAuth(); user != "u" || pass != "secret" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		_, _ = fmt.Fprintf(w, `{"token":%q}`, "for "+r.URL.Query().Get("scope"))
+	})
+	// By name: go-containerregistry itself refuses loopback literals here.
+	tokens = strings.Replace(tokens, "127.0.0.1", "localhost", 1)
+	host := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer for repository:a:pull" {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+tokens+`/token",service="s"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		_, _ = io.WriteString(w, "content")
+	})
+	keys := staticKeychain{&authn.Basic{Username: "u", Password: "secret"}}
+	digest := Digest([]byte("content"))
+	if data, err := newClient(t, Options{Keychain: keys, Hosts: []string{tokens}}).Blob(context.Background(), host+"/a", digest); err != nil || string(data) != "content" {
+		t.Errorf("Blob = %q, %v", data, err)
+	}
+	if _, err := newClient(t, Options{Keychain: keys}).Blob(context.Background(), host+"/a", digest); !errors.Is(err, ErrHost) {
+		t.Errorf("a token service that is not allowed: %v, want ErrHost", err)
+	}
+}
+
+func TestTLS(t *testing.T) {
+	plain := hostile(t, answer("", "content"))
+	srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/v2/down/") {
+			http.Redirect(w, r, "http://"+plain+"/x", http.StatusTemporaryRedirect)
+			return
+		}
+		_, _ = io.WriteString(w, "content")
+	}))
+	t.Cleanup(srv.Close)
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+	digest := Digest([]byte("content"))
+	trusted := Options{Mirror: srv.URL, TLS: srv.Client().Transport.(*http.Transport).TLSClientConfig, Hosts: []string{plain}}
+	if data, err := newClient(t, trusted).Blob(context.Background(), "registry.invalid/a", digest); err != nil || string(data) != "content" {
+		t.Errorf("Blob = %q, %v", data, err)
+	}
+	if _, err := newClient(t, trusted).Blob(context.Background(), "registry.invalid/down", digest); !errors.Is(err, ErrHost) {
+		t.Errorf("redirect from https to http: %v, want ErrHost", err)
+	}
+	var unknown x509.UnknownAuthorityError
+	if _, err := newClient(t, Options{Mirror: srv.URL}).Blob(context.Background(), "registry.invalid/a", digest); !errors.As(err, &unknown) {
+		t.Errorf("a certificate nobody vouches for: %v, want UnknownAuthorityError", err)
+	}
+}
+
+// TestAttachConcurrently: the fallback index has no compare-and-swap, one client
+// must not lose its own entries all the same.
+func TestAttachConcurrently(t *testing.T) {
+	ctx := context.Background()
+	host := testutil.StartRegistry(t).Addr
+	c := newClient(t, Options{})
+	repo := host + "/a"
+	d, err := c.Push(ctx, repo, Artifact{ArtifactType: TypePolicy})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 8
+	var g errgroup.Group
+	for i := range n {
+		g.Go(func() error {
+			_, err := c.Attach(ctx, repo, d.Digest, Artifact{ArtifactType: TypeBundle, Layers: []Layer{{MediaType: TypeBundle, Data: []byte{byte(i)}}}})
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if refs, err := c.Referrers(ctx, repo, d.Digest, TypeBundle); err != nil || len(refs) != n {
+		t.Errorf("%d referrers, %v; want %d", len(refs), err, n)
 	}
 }
 

@@ -149,8 +149,12 @@ func (c *Client) putManifest(ctx context.Context, r *registry, repo, at, mediaTy
 // writer takes our entry away again: the tag has no compare-and-swap.
 const fallbackTries = 4
 
-// extendFallback adds d to the index under subject's fallback tag.
+// extendFallback adds d to the index under subject's fallback tag. Two clients
+// that do so at once can lose an entry, as the specification says; the one that
+// sees its own missing writes again.
 func (c *Client) extendFallback(ctx context.Context, r *registry, repo, subject string, d Descriptor) error {
+	c.fallbackMu.Lock()
+	defer c.fallbackMu.Unlock()
 	for range fallbackTries {
 		m, err := c.fallback(ctx, r, repo, subject)
 		if err != nil {
