@@ -177,7 +177,7 @@ func eventRow(e *event.Event) []string {
 	return []string{e.Timestamp.UTC().Format("01-02 15:04:05"), clipTo(e.NodeID, 14), clipTo(e.EventType, 21), clipTo(result, 8), detail}
 }
 
-// fitLast cuts the last column to what is left of the line, but not below 24.
+// fitLast cuts the last column to what is left of the line, but not below 30.
 func fitLast(header []string, rows [][]string) {
 	used, last := 0, len(header)-1
 	for col := range last {
@@ -188,6 +188,6 @@ func fitLast(header []string, rows [][]string) {
 		used += w + 2
 	}
 	for _, r := range rows {
-		r[last] = clipTo(r[last], max(24, lineWidth-used))
+		r[last] = clipTo(r[last], max(30, lineWidth-used))
 	}
 }

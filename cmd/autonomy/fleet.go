@@ -138,7 +138,7 @@ func printFleet(w io.Writer, nodes []fleetNode) error {
 		}
 		audit := "complete"
 		if n.Gaps > 0 || n.Conflicts > 0 {
-			audit = fmt.Sprintf("%d gaps, %d conflicts", n.Gaps, n.Conflicts)
+			audit = fmt.Sprintf("gaps %d, conflicts %d", n.Gaps, n.Conflicts)
 			trouble++
 		}
 		rows = append(rows, []string{

@@ -58,7 +58,7 @@ type pages struct {
 
 func (p *pages) asset(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("file")
-	data, err := files.ReadFile(path.Join("assets", name))
+	data, err := files.ReadFile("assets/" + name) // a name with .. in it is no valid path there
 	if err != nil {
 		http.NotFound(w, r)
 		return
@@ -89,14 +89,16 @@ type releaseRow struct {
 }
 
 type view struct {
-	Version, Now    string
-	Summary         store.Summary
-	Stats           store.Stats
-	Nodes           []nodeRow
-	MoreNodes       bool
-	Decisions       []decisionRow
-	Allowed, Denied int
-	Releases        []releaseRow
+	Version, Now string
+	Summary      store.Summary
+	Stats        store.Stats
+	Nodes        []nodeRow
+	MoreNodes    bool
+	Decisions    []decisionRow
+	Allowed      int
+	Denied       int
+	Pending      int
+	Releases     []releaseRow
 }
 
 func (p *pages) overview(w http.ResponseWriter, r *http.Request) {
@@ -142,9 +144,12 @@ func (p *pages) read(ctx context.Context) (*view, error) {
 	}
 	for i := range events {
 		d := decision(&events[i], now)
-		if d.Decision == "allow" {
+		switch d.Decision {
+		case "allow":
 			v.Allowed++
-		} else {
+		case "pending":
+			v.Pending++
+		default:
 			v.Denied++
 		}
 		v.Decisions = append(v.Decisions, d)
