@@ -474,5 +474,6 @@ func BenchmarkCompile(b *testing.B) {
 	}
 }
 
-// maxEvalAllocs is measured (250) and a little.
-const maxEvalAllocs = 280
+// maxEvalAllocs is what is measured, 250, and a little: with the race detector
+// pools lose items at random.
+const maxEvalAllocs = 310
