@@ -17,6 +17,7 @@ const (
 	CodeLockMalformed      = "lock_malformed"       // not a lock file
 	CodeFingerprint        = "fingerprint_mismatch" // the lock's content is not what was fingerprinted
 	CodePolicyIncompatible = "policy_incompatible"  // version or runtime requirement does not hold
+	CodeInternal           = "internal"             // a checker panicked: a fault of ours, and a refusal
 )
 
 // Error is a refusal.

@@ -253,7 +253,7 @@ func checkExpiry(r *Release, now time.Time) *Error {
 // open checks form, signature and key, in this order: the statement is not read
 // before its signature holds.
 func open(env []byte, kr *Keyring) (*Release, *Key, *Error) {
-	payload, k, fault := unseal(env, ReleaseMediaType, UsageRelease, kr)
+	payload, k, fault := unseal(env, ReleaseMediaType, UsageRelease, kr, MaxEnvelopeBytes)
 	if fault != nil {
 		return nil, nil, fault
 	}
@@ -269,12 +269,25 @@ func open(env []byte, kr *Keyring) (*Release, *Key, *Error) {
 	return r, k, nil
 }
 
-func unseal(data []byte, payloadType string, usage Usage, kr *Keyring) ([]byte, *Key, *Error) {
+// Unseal checks an envelope of payloadType and at most limit bytes against the
+// keys of kr that have the usage, and returns its payload and the key that signed
+// it. The key's window and revocation are not judged yet: what the payload says
+// of when it was made is for the caller to read, and to give to Key.ValidAt.
+// Errors are *Error.
+func Unseal(data []byte, payloadType string, usage Usage, kr *Keyring, limit int) ([]byte, *Key, error) {
+	payload, k, fault := unseal(data, payloadType, usage, kr, limit)
+	if fault != nil {
+		return nil, nil, fault
+	}
+	return payload, k, nil
+}
+
+func unseal(data []byte, payloadType string, usage Usage, kr *Keyring, limit int) ([]byte, *Key, *Error) {
 	if len(bytes.TrimSpace(data)) == 0 {
 		return nil, nil, refuse(CodeSigMissing, "there is no envelope")
 	}
-	if len(data) > MaxEnvelopeBytes {
-		return nil, nil, refuse(CodeReleaseMalformed, "the envelope has %d bytes, the limit is %d", len(data), MaxEnvelopeBytes)
+	if len(data) > limit {
+		return nil, nil, refuse(CodeReleaseMalformed, "the envelope has %d bytes, the limit is %d", len(data), limit)
 	}
 	var e envelope
 	if err := strictjson.Unmarshal(data, &e); err != nil {

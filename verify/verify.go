@@ -127,7 +127,7 @@ func Verify(ctx context.Context, m Material, p Params) (Evidence, *Release, erro
 			return *g.ev, nil, fmt.Errorf("verify release: %w", err)
 		}
 		g.step = &g.ev.Steps[i]
-		if fault := run(ctx); fault != nil {
+		if fault := guarded(ctx, run); fault != nil {
 			fault.Step = i + 1
 			g.step.Result, g.step.Code, g.step.Detail = Failed, fault.Code, fault.Detail
 			return *g.ev, nil, fault
@@ -135,6 +135,17 @@ func Verify(ctx context.Context, m Material, p Params) (Evidence, *Release, erro
 		g.step.Result = Passed
 	}
 	return *g.ev, g.rel, nil
+}
+
+// guarded turns a panic of a step into a refusal (INV-15): parsers of others read
+// bytes of others here.
+func guarded(ctx context.Context, run func(context.Context) *Error) (fault *Error) {
+	defer func() {
+		if p := recover(); p != nil {
+			fault = refuse(CodeInternal, "the check panicked: %.200q", fmt.Sprint(p))
+		}
+	}()
+	return run(ctx)
 }
 
 func (g *gate) signature(ctx context.Context) *Error {

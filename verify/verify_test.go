@@ -363,6 +363,7 @@ func TestAttacks(t *testing.T) {
 		}, 1, verify.CodeSigInvalid, "image:"},
 		{"artifact key revoked", func(f *fixture) { f.artifactKey.Revoked = true }, nil, 1, verify.CodeKeyRevoked, "image:"},
 		{"artifact key expired", func(f *fixture) { f.artifactKey.NotAfter = &past }, nil, 1, verify.CodeKeyExpired, "image:"},
+		{"verifier for artifacts that fails without a code", nil, func(f *fixture) { f.p.Artifacts = failing{} }, 1, verify.CodeSigInvalid, "image: out of order"},
 		{"no verifier for artifacts", nil, func(f *fixture) { f.p.Artifacts = nil }, 1, verify.CodeSigMissing, "no verifier"},
 
 		// Step 2: bytes.
@@ -427,6 +428,9 @@ func TestAttacks(t *testing.T) {
 		{"bundle that cannot be read", func(f *fixture) {
 			f.p.ReadPolicy = func([]byte) (verify.PolicyMeta, error) { return verify.PolicyMeta{}, errors.New("not an archive") }
 		}, nil, 4, verify.CodePolicyIncompatible, "not an archive"},
+		{"reader for bundles that panics", func(f *fixture) {
+			f.p.ReadPolicy = func([]byte) (verify.PolicyMeta, error) { panic("out of range") }
+		}, nil, 4, verify.CodeInternal, "the check panicked: \"out of range\""},
 		{"no reader for bundles", nil, func(f *fixture) { f.p.ReadPolicy = nil }, 4, verify.CodePolicyIncompatible, "no reader"},
 		{"runtime below the release's", func(f *fixture) { f.rel.RequiresRuntime = ">=0.2.0" }, nil, 4, verify.CodePolicyIncompatible, "release: runtime 0.1.0"},
 		{"runtime below the lock's", func(f *fixture) { f.lock.Runtime.MinVersion = "0.1.1" }, nil, 4, verify.CodePolicyIncompatible, "lock: runtime 0.1.0"},
@@ -467,9 +471,48 @@ func TestAttacks(t *testing.T) {
 		})
 	}
 	for _, code := range []string{verify.CodeSigMissing, verify.CodeSigInvalid, verify.CodeKeyExpired, verify.CodeKeyRevoked, verify.CodeReleaseMalformed, verify.CodeNameMismatch, verify.CodeExpired,
-		verify.CodeSequenceRollback, verify.CodeDigestMismatch, verify.CodeArtifactMalformed, verify.CodeLockMalformed, verify.CodeFingerprint, verify.CodePolicyIncompatible} {
+		verify.CodeSequenceRollback, verify.CodeDigestMismatch, verify.CodeArtifactMalformed, verify.CodeLockMalformed, verify.CodeFingerprint, verify.CodePolicyIncompatible, verify.CodeInternal} {
 		if !seen[code] {
 			t.Errorf("no attack gives %s", code)
+		}
+	}
+}
+
+// failing is an artifact verifier whose error carries no code, and a key id all
+// the same.
+type failing struct{}
+
+func (failing) VerifyArtifact(context.Context, string, [][]byte, time.Time) (string, error) {
+	return "some key", errors.New("out of order")
+}
+
+func TestUnseal(t *testing.T) {
+	s := ecKey(t)
+	kr, err := verify.NewKeyring(publicKey(t, s, verify.UsageArtifact))
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, err := verify.Seal("application/x", []byte("payload"), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload, k, err := verify.Unseal(env, "application/x", verify.UsageArtifact, kr, len(env))
+	if err != nil || string(payload) != "payload" || k != kr.Keys[0] {
+		t.Errorf("Unseal = %q, %v, %v", payload, k, err)
+	}
+	for name, tt := range map[string]struct {
+		typ   string
+		usage verify.Usage
+		limit int
+		code  string
+	}{
+		"another type":   {"application/y", verify.UsageArtifact, len(env), verify.CodeReleaseMalformed},
+		"another usage":  {"application/x", verify.UsageRelease, len(env), verify.CodeSigInvalid},
+		"over the limit": {"application/x", verify.UsageArtifact, len(env) - 1, verify.CodeReleaseMalformed},
+	} {
+		var fault *verify.Error
+		if payload, k, err := verify.Unseal(env, tt.typ, tt.usage, kr, tt.limit); !errors.As(err, &fault) || fault.Code != tt.code || payload != nil || k != nil {
+			t.Errorf("%s: Unseal = %q, %v, %v; want %s", name, payload, k, err, tt.code)
 		}
 	}
 }

@@ -96,7 +96,9 @@ file is overwritten.`,
 // writeNew writes a file that must not exist.
 func writeNew(name string, data []byte, perm fs.FileMode) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
-	if err != nil {
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s exists already: choose another name, or move it away", name)
+	} else if err != nil {
 		return err
 	}
 	_, err = f.Write(data)
@@ -172,7 +174,7 @@ a key or to change its window, edit the file: "revoked": true, "not_before",
 			if err != nil {
 				return err
 			}
-			if err := vfs.WriteFile(out, data, 0o644); err != nil {
+			if err := writeNew(out, data, 0o644); err != nil { // overwritten, it would lose its revocations
 				return err
 			}
 			fmt.Fprintf(c.OutOrStdout(), "keyring  %s, %d keys\n", out, len(keys))
