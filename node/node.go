@@ -53,7 +53,11 @@ func Daemon() run.Daemon {
 		Bind:      c.Bind,
 		Validate:  c.Validate,
 		Run: func(ctx context.Context, log *slog.Logger, stderr io.Writer) error {
-			return Run(ctx, c, log, stderr)
+			err := Run(ctx, c, log, stderr)
+			if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+				return nil // told to stop while it was starting
+			}
+			return err
 		},
 	}
 }
@@ -245,9 +249,6 @@ func (n *node) assure(ctx context.Context) error {
 	if err := report.Meets(level); err != nil {
 		return run.Exit(run.Assurance, fmt.Errorf("%w\nSee 'autonomy doctor' for what is missing and how to get it", err))
 	}
-	if err := stateDirFault(report); err != nil {
-		return run.Exit(run.Assurance, err)
-	}
 	return nil
 }
 
@@ -280,7 +281,7 @@ func (n *node) watchPlatform(ctx context.Context) {
 			return
 		}
 		var why *string
-		if err := errors.Join(report.Meets(level), stateDirFault(report)); err != nil {
+		if err := report.Meets(level); err != nil {
 			text := err.Error()
 			why = &text
 		}
@@ -292,22 +293,12 @@ func (n *node) watchPlatform(ctx context.Context) {
 	}
 }
 
-// stateDirFault refuses a state directory that is not on a local disk of this
-// machine (INV-01), whatever the minimum level.
-func stateDirFault(r assurance.Report) error {
-	for _, c := range r.Checks {
-		if c.Name == "state_dir" && c.Result == assurance.Failed {
-			return fmt.Errorf("state directory: %s. %s", c.Detail, c.Fix)
-		}
-	}
-	return nil
-}
-
 func (n *node) openLog() error {
 	var err error
 	n.wal, n.recovery, err = wal.Open(filepath.Join(n.cfg.StateDir, "wal"), wal.Options{
 		SegmentBytes: int64(n.cfg.WALSegment), MaxBytes: int64(n.cfg.WALMax), KeepFree: int64(n.cfg.KeepFree),
 		SyncInterval: n.cfg.Sync, Watermark: n.cfg.CP != "" && n.cfg.OTLP != "", Logger: n.log,
+		Progress: n.provisioning(),
 	})
 	if errors.Is(err, wal.ErrDamaged) {
 		return run.Exit(run.Integrity, fmt.Errorf("open the log: %w", err))
@@ -316,6 +307,17 @@ func (n *node) openLog() error {
 		return fmt.Errorf("open the log: %w", err)
 	}
 	return nil
+}
+
+// provisioning tells how far the first start is: it writes the whole log once.
+func (n *node) provisioning() func(done, total int64) {
+	next := time.Now().Add(time.Second)
+	return func(done, total int64) {
+		if time.Now().After(next) && total > 0 {
+			n.log.Info("writing the log's segments, once", "percent", done*100/total, "bytes", total)
+			next = time.Now().Add(time.Second)
+		}
+	}
 }
 
 func (n *node) loadPolicy(ctx context.Context) error {

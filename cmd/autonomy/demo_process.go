@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -24,7 +25,6 @@ type processes struct {
 type process struct {
 	cmd  *exec.Cmd
 	done chan error
-	log  string
 }
 
 const startLimit = 20 * time.Second
@@ -51,11 +51,22 @@ func (p *processes) exec(ctx context.Context, name, addr, program string, args .
 	if !p.detach {
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
-	if err := cmd.Start(); err != nil {
+	proc := &process{cmd: cmd, done: make(chan error, 1)}
+	started := make(chan error)
+	go func() {
+		// The death signal comes when the thread ends that started the child:
+		// this one stays as long as the child does.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			proc.done <- cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		return fmt.Errorf("start %s: %w", name, err)
 	}
-	proc := &process{cmd: cmd, done: make(chan error, 1), log: path}
-	go func() { proc.done <- cmd.Wait() }()
 	if p.byName == nil {
 		p.byName = map[string]*process{}
 	}

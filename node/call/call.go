@@ -33,7 +33,6 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/conf"
-	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/strictjson"
@@ -213,7 +212,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 		d = prepared.Decision{Reasons: []event.Reason{{Code: "approval_unavailable",
 			Message: "policy asks for a human's approval, and this node has no way to ask: denied"}}}
 	case d.Allow && mode == Execute:
-		if c := unenforceable(r.Kind, d.Constraints); c != "" {
+		if c := t.Unenforceable(d.Constraints); c != "" {
 			d = prepared.Decision{Reasons: []event.Reason{{Code: "constraint_unenforceable",
 				Message: fmt.Sprintf("policy limits this call by %s, which this node cannot enforce: denied", c)}}}
 		}
@@ -353,25 +352,6 @@ func evalReason(err error) event.Reason {
 		return event.Reason{Code: "policy_result", Message: "policy gave a result that is not of the contract's form: denied"}
 	}
 	return event.Reason{Code: "evaluation_error", Message: "policy failed to evaluate: denied"}
-}
-
-// unenforceable names the first constraint that this version cannot keep for a
-// tool of this kind: a limit that is promised and not kept is worse than a
-// denial (INV-05).
-func unenforceable(kind string, c constraint.Constraints) string {
-	switch {
-	case c.MemoryMax != 0:
-		return "memory_max"
-	case c.PidsMax != 0:
-		return "pids_max"
-	case c.CPUMax != "":
-		return "cpu_max"
-	case c.FS != nil:
-		return "fs"
-	case c.Egress != nil && (strings.HasPrefix(kind, "tool.exec.") || kind == "tool.shell" || strings.HasPrefix(kind, "tool.http_")):
-		return "egress"
-	}
-	return ""
 }
 
 // appendInput builds the policy input (contract.md, Policy). The same bytes are

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -41,11 +42,13 @@ allow if input.kind in {"tool.echo", "tool.http_get"}
 
 default reasons := []
 
-reasons := [{"code": "no_shell", "message": "no shell here"}] if input.kind == "tool.shell"
+reasons := [{"code": "no_shell", "message": "no shell here"}] if input.params.command == "id"
 
 default constraints := {}
 
-constraints := {"memory_max": 1048576} if input.params.text == "limit me"
+constraints := {"memory_max": 1048576} if input.params.command == "limited"
+
+allow if input.params.command == "limited"
 
 default redact := []
 
@@ -262,7 +265,7 @@ func TestDenied(t *testing.T) {
 			status: 403, layer: "runtime", code: "egress_denied", records: []string{"decision allow", "action deny denied"}},
 		"unknown tool":                   {body: `{"kind":"tool.ehco"}`, status: 400, layer: "request", code: "unknown_tool"},
 		"params that the schema refuses": {body: `{"kind":"tool.http_get","params":{"endpoint":7}}`, status: 400, layer: "request", code: "invalid_params"},
-		"a limit that cannot be enforced": {body: `{"kind":"tool.echo","params":{"text":"limit me"}}`,
+		"a limit that cannot be enforced": {body: `{"kind":"tool.shell","params":{"command":"limited"}}`,
 			status: 403, layer: "policy", code: "constraint_unenforceable", records: []string{"decision deny"}},
 		"undefined": {rego: "package autonomy\nimport rego.v2\nallow if input.kind == \"x\"\n", body: `{"kind":"tool.echo"}`,
 			status: 403, layer: "policy", code: "undefined", records: []string{"decision deny", "error.evaluator"}},
@@ -474,7 +477,7 @@ func TestFind(t *testing.T) {
 		"beyond the end": {event.ID(r.log.ID(), 99), me},
 		"garbage":        {"../../etc/passwd", me},
 	} {
-		if _, err := r.p.Find(t.Context(), tc.id, tc.c); err != call.ErrNoCall {
+		if _, err := r.p.Find(t.Context(), tc.id, tc.c); !errors.Is(err, call.ErrNoCall) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -172,7 +172,7 @@ func (r *rig) append(n int) {
 func (r *rig) run(endpoint string) (e *export.Exporter, stop func()) {
 	r.t.Helper()
 	e, err := export.New(export.Options{Log: r.log, Endpoint: endpoint, Resource: otlp.Resource{ServiceName: "autonomy-node", InstanceID: "n-1"},
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), BatchRecords: 10, MinBackoff: time.Millisecond, MaxBackoff: 20 * time.Millisecond,
+		Logger: slog.New(slog.DiscardHandler), BatchRecords: 10, MinBackoff: time.Millisecond, MaxBackoff: 20 * time.Millisecond,
 		OnRejected: func(first, last uint64, n int64, why string) {
 			r.mu.Lock()
 			defer r.mu.Unlock()

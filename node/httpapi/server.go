@@ -408,6 +408,7 @@ func (s *Server) badRequest(ctx *fasthttp.RequestCtx, err error) {
 	case errors.As(err, &small):
 		s.deny(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, "headers_too_large", fmt.Sprintf("request line and headers are over %d bytes", s.o.MaxHeaderBytes))
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
+		drain(ctx)
 		s.deny(ctx, fasthttp.StatusRequestEntityTooLarge, "body_too_large", fmt.Sprintf("the body is over %d bytes", s.o.MaxBodyBytes))
 	case errors.As(err, &netErr) && netErr.Timeout():
 		s.deny(ctx, fasthttp.StatusRequestTimeout, "timeout", "the request did not arrive in time")
@@ -415,4 +416,20 @@ func (s *Server) badRequest(ctx *fasthttp.RequestCtx, err error) {
 		s.deny(ctx, fasthttp.StatusBadRequest, "malformed", "not an HTTP request that can be read")
 	}
 	ctx.SetConnectionClose()
+}
+
+// What of a body over the limit is read and thrown away, so that the sender
+// gets to read the answer: a connection closed with unread data is reset.
+const (
+	drainBytes = 4 << 20
+	drainTime  = time.Second
+)
+
+func drain(ctx *fasthttp.RequestCtx) {
+	left := ctx.Request.Header.ContentLength()
+	c := ctx.Conn()
+	if left <= 0 || left > drainBytes || c.SetReadDeadline(time.Now().Add(drainTime)) != nil {
+		return
+	}
+	_, _ = io.CopyN(io.Discard, c, int64(left)) // part of it was read with the header: the deadline ends the wait
 }

@@ -83,7 +83,7 @@ func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	}
 	t.Cleanup(func() { a.log.Close() })
 	registry := func() *tool.Registry { return tools }
-	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
+	quiet := slog.New(slog.DiscardHandler)
 	pipeline := call.New(call.Options{Log: a.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
 		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
 	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, MaxBodyBytes: 4 << 10,

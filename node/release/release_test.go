@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -143,7 +142,7 @@ func (w *world) newPoller() (*release.Poller, error) {
 	}
 	return release.New(release.Options{
 		CP: w.client, Fetch: w, Keyring: w.keyring, Artifact: artifacts, Slots: w.slots, Dir: filepath.Join(w.dir, "release"),
-		NodeID: "n-1", Channel: "stable", Interval: time.Millisecond, Runtime: "0.1.0", Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		NodeID: "n-1", Channel: "stable", Interval: time.Millisecond, Runtime: "0.1.0", Logger: slog.New(slog.DiscardHandler),
 		Note: func(typ string, body any) {
 			w.events = append(w.events, typ)
 			if b, ok := body.(event.LifecycleBody); ok {
