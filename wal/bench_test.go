@@ -15,12 +15,10 @@ func benchLog(b *testing.B) *Log {
 	var wg sync.WaitGroup
 	wg.Go(func() { // a consumer, so that slots are recycled
 		for ctx.Err() == nil {
-			for c := range NumClasses {
-				if err := l.Advance(c, l.Durable()); err != nil {
-					return
-				}
+			if err := l.AdvanceAll(l.Durable()); err != nil {
+				return
 			}
-			time.Sleep(20 * time.Millisecond)
+			time.Sleep(5 * time.Millisecond)
 		}
 	})
 	b.Cleanup(func() { cancel(); wg.Wait() })

@@ -243,7 +243,7 @@ func (l *Log) moveOn(seg *segment, g *group) {
 	l.mu.Lock()
 	var s *slot
 	for {
-		if s = l.takeReady(); s != nil || l.closed || !l.spare(1) {
+		if s = l.takeReady(); s != nil || l.closed || !l.obtainable() {
 			break
 		}
 		l.kickPreparer()
@@ -405,6 +405,23 @@ func (l *Log) spare(n int) bool {
 	return n <= 0
 }
 
+// oldestMayGo reports whether the oldest segment can be recycled now: nobody
+// needs it, and a later one is durably in its place. Else a crash would find no
+// log at all. mu is held.
+func (l *Log) oldestMayGo() bool {
+	return len(l.live) > 1 && l.recyclable() > 0 && l.durable.Load() >= l.live[1].first && l.top.Load() >= l.live[1].id
+}
+
+// obtainable reports whether the preparer has, or can have, a slot. mu is held.
+func (l *Log) obtainable() bool {
+	for _, s := range l.slots {
+		if s.state == slotFree || s.state == slotReady || s.state == slotBusy {
+			return true
+		}
+	}
+	return l.oldestMayGo() && !l.live[0].bad
+}
+
 // canRotate keeps one slot free for a failover: two must be there.
 func (l *Log) canRotate() bool { return l.spare(2) }
 
@@ -461,9 +478,7 @@ func (l *Log) pick() *slot {
 			}
 		}
 	}
-	// The oldest segment may go only when a later one is durably in its place:
-	// else a crash now would find no log at all.
-	if free == nil && len(l.live) > 1 && l.recyclable() > 0 && l.durable.Load() >= l.live[1].first && l.top.Load() >= l.live[1].id {
+	if free == nil && l.oldestMayGo() {
 		old := l.live[0]
 		l.live = append(l.live[:0], l.live[1:]...)
 		old.clean = false

@@ -257,6 +257,58 @@ func TestSyncFailureForGood(t *testing.T) {
 	check(t, l, 1, rec.LastSeq)
 }
 
+// The first sync of a new segment fails when the only other slot still holds
+// the durable end of the log: it must be given up, not waited for for ever, and
+// that end must be there after a restart.
+func TestSyncFailureWithoutSlot(t *testing.T) {
+	dir := t.TempDir()
+	var mu sync.Mutex
+	var broken string
+	o := Options{SegmentBytes: minSegment, MaxBytes: 2 * minSegment, SyncInterval: time.Hour}
+	o.sync = func(f *os.File) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if f.Name() == broken {
+			return syscall.EIO
+		}
+		return fdatasync(f)
+	}
+	l, _ := open(t, dir, o)
+	var last uint64
+	for range 20 {
+		last = appendN(t, l, 1)
+	}
+	wait(t, l, last)
+	mu.Lock()
+	broken = dir + "/slot-0001"
+	mu.Unlock()
+	var err error
+	for err == nil {
+		var seq uint64
+		if seq, err = appendSeq(l); err == nil {
+			if err = l.WaitDurable(t.Context(), seq); err == nil {
+				last = seq
+				err = l.AdvanceAll(seq)
+			}
+		}
+	}
+	if !errors.Is(err, ErrFailed) {
+		t.Fatal(err)
+	}
+	if _, err := appendSeq(l); !errors.Is(err, ErrFailed) {
+		t.Fatalf("Append on a failed log: %v", err)
+	}
+	if err := l.Close(); !errors.Is(err, ErrFailed) {
+		t.Fatal(err)
+	}
+	o.sync = nil
+	l, rec, err := Open(dir, o)
+	if err != nil || rec.LastSeq < last {
+		t.Fatalf("%+v, %v, want at least %d", rec, err, last)
+	}
+	l.Close()
+}
+
 // Somebody cuts the file under the mapping: the process lives, the records that
 // are gone are void, the log goes on.
 func TestFaultInMapping(t *testing.T) {

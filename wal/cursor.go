@@ -95,34 +95,59 @@ func (l *Log) Advance(c Class, seq uint64) error {
 	if d := l.Durable(); seq > d {
 		return fmt.Errorf("advance %v cursor to %d: records are durable only up to %d", c, seq, d)
 	}
-	if seq <= l.Cursor(c) {
+	return l.advance(seq, c)
+}
+
+// AdvanceAll is Advance for every class, in one write: for a consumer that takes
+// all of them.
+func (l *Log) AdvanceAll(seq uint64) error {
+	if d := l.Durable(); seq > d {
+		return fmt.Errorf("advance cursors to %d: records are durable only up to %d", seq, d)
+	}
+	return l.advance(seq, ClassError, ClassDecision, ClassAction, ClassLifecycle)
+}
+
+func (l *Log) advance(seq uint64, classes ...Class) error {
+	behind := false
+	for _, c := range classes {
+		behind = behind || l.cursor[c].Load() < seq
+	}
+	if !behind {
 		return nil
 	}
-	if err := l.update(func(x *meta) { x.cursors[c] = max(x.cursors[c], seq) }); err != nil {
-		return fmt.Errorf("advance %v cursor: %w", c, err)
-	}
-	for {
-		old := l.cursor[c].Load()
-		if old >= seq || l.cursor[c].CompareAndSwap(old, seq) {
-			break
+	err := l.update(func(x *meta) {
+		for _, c := range classes {
+			x.cursors[c] = max(x.cursors[c], seq)
 		}
+	})
+	if err != nil {
+		return fmt.Errorf("advance cursors: %w", err)
+	}
+	for _, c := range classes {
+		raise(&l.cursor[c], seq)
 	}
 	l.kickPreparer()
 	return nil
+}
+
+// raise sets v to seq unless it is larger already, and reports whether it did.
+func raise(v *atomic.Uint64, seq uint64) bool {
+	for {
+		old := v.Load()
+		if old >= seq {
+			return false
+		}
+		if v.CompareAndSwap(old, seq) {
+			return true
+		}
+	}
 }
 
 // SetWatermark tells up to which record the control plane holds everything
 // durably. It is not kept: it is asked for anew after a restart. A smaller seq
 // than before changes nothing.
 func (l *Log) SetWatermark(seq uint64) {
-	for {
-		old := l.watermark.Load()
-		if old >= seq {
-			return
-		}
-		if l.watermark.CompareAndSwap(old, seq) {
-			l.kickPreparer()
-			return
-		}
+	if raise(&l.watermark, seq) {
+		l.kickPreparer()
 	}
 }

@@ -17,8 +17,9 @@
 //
 // Sizes are bytes. Sequence numbers are dense and start at 1; 0 means none.
 // All methods may be called from any goroutine, except that a Reservation
-// belongs to the goroutine that made it. Imports: internal/vfs only. The wal is
-// the one place in the module that maps memory.
+// belongs to the goroutine that made it. It imports internal/vfs only, may
+// be imported by node and cmd/autonomy, and is the one place in the module that
+// maps memory.
 package wal
 
 import (

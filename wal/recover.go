@@ -163,6 +163,7 @@ func (l *Log) resume(s *found, w *walk, t tail) error {
 			return err
 		}
 	}
+	l.top.Store(seg.id) // closed, or synced with its new epoch
 	g := newGroup()
 	g.first, g.start, g.count = w.next-w.count, w.group.off, w.count
 	l.open = g
