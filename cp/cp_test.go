@@ -286,6 +286,27 @@ func TestTLS(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 }
 
+// TestUnixSocket: a Unix socket is local whatever Host its client sends.
+func TestUnixSocket(t *testing.T) {
+	dir := t.TempDir()
+	sock := filepath.Join(dir, "cp.sock")
+	start(t, func(c *Config) { c.Listen = append(c.Listen, "unix:"+sock) })
+	tr := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", sock)
+	}}
+	defer tr.CloseIdleConnections()
+	resp, err := (&http.Client{Transport: tr}).Get("http://autonomy-cp/v1/fleet")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.Body.Close(); resp.StatusCode != 200 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	if info, err := os.Stat(sock); err != nil || info.Mode().Perm() != 0o660 {
+		t.Errorf("socket: %v, %v", info, err)
+	}
+}
+
 // TestConfigFile: the file's faults are usage errors with a place and a hint.
 func TestConfigFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "cp.yaml")

@@ -151,7 +151,7 @@ func clientCert(r *http.Request) *x509.Certificate {
 // page whose name was rebound to 127.0.0.1 sends its own name as Host, any
 // other foreign page sends its Origin.
 func (s *Server) sameOrigin(r *http.Request) error {
-	if r.TLS == nil && !s.allowedHost(r.Host) {
+	if r.TLS == nil && !overUnix(r) && !s.allowedHost(r.Host) {
 		return problem.New(http.StatusForbidden, "host_refused", "the Host header names none of this listener's names: use 127.0.0.1 or localhost, or start with --allowed-host")
 	}
 	if origin := r.Header.Get("Origin"); origin != "" {
@@ -170,6 +170,12 @@ func (s *Server) sameOrigin(r *http.Request) error {
 	return problem.New(http.StatusForbidden, "origin_refused", "requests from pages of another origin are refused")
 }
 
+// overUnix: no web page can reach a Unix socket, and its clients send any Host.
+func overUnix(r *http.Request) bool {
+	a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && a.Network() == "unix"
+}
+
 func (s *Server) allowedHost(host string) bool {
 	name := host
 	if h, _, err := net.SplitHostPort(host); err == nil {
@@ -186,7 +192,7 @@ func (s *Server) authorize(r *http.Request, p Permission) error {
 	if p == Public || clientCert(r) != nil {
 		return nil
 	}
-	if a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok && (a.Network() == "unix" || run.Loopback(a.String())) {
+	if a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok && (overUnix(r) || run.Loopback(a.String())) {
 		return nil
 	}
 	return problem.New(http.StatusUnauthorized, "unauthenticated", "this listener asks for a client certificate signed by its --tls-client-ca")
