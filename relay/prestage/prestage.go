@@ -313,11 +313,11 @@ func (s *Stager) Submit(body []byte, now time.Time) (*Accepted, error) {
 	if s.cfg.Keyring != "" {
 		data, err := readFile(s.cfg.Keyring, maxKeyringSize)
 		if err != nil {
-			return nil, refuse(CodeKeyring, "the relay's keyring cannot be read: %w", err)
+			return nil, &Refusal{Code: CodeKeyring, Detail: "the relay's keyring cannot be read; its log says why", Err: err}
 		}
 		kr, err := verify.ParseKeyring(data)
 		if err != nil {
-			return nil, refuse(CodeKeyring, "the relay's keyring: %w", err)
+			return nil, &Refusal{Code: CodeKeyring, Detail: "the relay's keyring is malformed; its log says why", Err: err}
 		}
 		if payload, signer, err = openEnvelope(body, kr, now); err != nil {
 			return nil, err

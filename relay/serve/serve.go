@@ -407,7 +407,7 @@ func (h *Handler) submit(w *writer, r *http.Request) {
 		w.Header().Set("Location", "/v1/prestage/"+ok.ID)
 		writeJSON(w, http.StatusAccepted, ok)
 	case errors.As(err, &refused):
-		h.cfg.Log.Warn("prestage list refused", "code", refused.Code, "error", err)
+		h.cfg.Log.Warn("prestage list refused", "code", refused.Code, "error", err, "cause", refused.Err)
 		problem.Write(w, problem.New(refusalStatus(refused.Code), refused.Code, refused.Detail))
 	case h.cfg.Full(err):
 		h.cfg.Log.Error("prestage list not written", "error", err)
