@@ -226,7 +226,7 @@ func unpack(raw []byte, l Limits) ([]file, error) {
 	entries, size := 0, int64(0)
 	for {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

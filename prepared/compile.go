@@ -181,7 +181,7 @@ func checkModules(modules map[string]*ast.Module) []*PolicyError {
 	var faults []*PolicyError
 	for _, name := range slices.Sorted(maps.Keys(modules)) {
 		m := modules[name]
-		notFixed := m.RegoVersion() == ast.RegoV2 || importsRegoV2(m)
+		notFixed := m.RegoVersionSpan().Min() == ast.RegoV2 || importsRegoV2(m)
 		ast.WalkExprs(m, func(e *ast.Expr) bool {
 			if e.IsNegated() && !notFixed {
 				notFixed = true // once per file says it

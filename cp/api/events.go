@@ -59,10 +59,22 @@ func (s *Server) postEvents(w http.ResponseWriter, r *http.Request) error {
 	}
 	in, err := s.o.Store.AppendEvents(ctx, batch.events)
 	if err != nil {
-		return err
+		return s.retryable(r, err)
 	}
 	s.m.ingest(in, batch.rejected)
 	return writeOTLP(w, mt, batch.rejected+in.Conflicts, batch.why(in.Conflicts))
+}
+
+// retryable answers an OTLP sender. By the OTLP specification it retries 429,
+// 502, 503 and 504 only and drops the batch at any other code: a full store
+// (507) or a fault of ours (500) would lose records that nobody refused.
+func (s *Server) retryable(r *http.Request, err error) error {
+	p := s.problemOf(r, err)
+	if p.Status == http.StatusInsufficientStorage || p.Status == http.StatusInternalServerError {
+		p.Status, p.Title = http.StatusServiceUnavailable, http.StatusText(http.StatusServiceUnavailable)
+		p.RetryAfter = max(p.RetryAfter, 5*time.Second)
+	}
+	return p
 }
 
 // decodeNative reads {"events":[…]} strictly. One bad event refuses all.

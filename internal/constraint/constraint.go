@@ -11,8 +11,8 @@ type Constraints struct {
 	MemoryMax      int64    `json:"memory_max,omitempty"`       // bytes
 	PidsMax        int64    `json:"pids_max,omitempty"`         // processes and threads
 	CPUMax         string   `json:"cpu_max,omitempty"`          // as cgroup v2 cpu.max: "quota period" in microseconds
-	Egress         []string `json:"egress,omitempty"`           // host:port; present and empty: none
+	Egress         []string `json:"egress,omitzero"`            // host:port; present and empty: none
 	OutputMaxBytes int64    `json:"output_max_bytes,omitempty"` // bytes of output kept
-	Env            []string `json:"env,omitempty"`              // names of the variables that the tool may see
-	FS             []string `json:"fs,omitempty"`               // paths, "ro:" or "rw:" prefixed
+	Env            []string `json:"env,omitzero"`               // names of the variables that the tool may see
+	FS             []string `json:"fs,omitzero"`                // paths, "ro:" or "rw:" prefixed
 }

@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/constraint"
@@ -67,7 +68,7 @@ func Deny(code, message string) Result { return Result{Outcome: Denied, Code: co
 
 // Stopped is the Result for a call whose context has ended.
 func Stopped(ctx context.Context) Result {
-	if context.Cause(ctx) == context.DeadlineExceeded || ctx.Err() == context.DeadlineExceeded {
+	if errors.Is(context.Cause(ctx), context.DeadlineExceeded) || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return Result{Outcome: Timeout, Code: "timeout", Message: "the tool was stopped: its time was up"}
 	}
 	return Result{Outcome: Killed, Code: "canceled", Message: "the tool was stopped: the call was cancelled"}
