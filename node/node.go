@@ -515,10 +515,9 @@ func (n *node) runExport(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		durable := n.wal.Durable()
-		for c := range wal.NumClasses {
-			if err := n.wal.Advance(c, durable); err != nil {
-				return fmt.Errorf("move the log's cursor: %w", err)
+		if durable := n.wal.Durable(); durable > n.wal.Cursor(wal.ClassLifecycle) {
+			if err := n.wal.AdvanceAll(durable); err != nil {
+				return fmt.Errorf("move the log's cursors: %w", err)
 			}
 		}
 		select {

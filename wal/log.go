@@ -167,6 +167,7 @@ type Recovery struct {
 	LastSeq     uint64 // newest; 0: none was ever written
 	Segments    int
 	Uncommitted uint64 // whole records after the last commit marker: kept, and made durable now
+	Salvaged    uint64 // records that were reserved and never published, with published ones after them: void now
 	TornRecords uint64 // records cut from the end, of which nobody was told
 	TornBytes   int64
 	Duration    time.Duration

@@ -31,6 +31,11 @@ func (l *Log) recover(rec *Recovery) error {
 	if len(segs) == 0 {
 		return l.begin()
 	}
+	var voids uint64
+	newest := segs[len(segs)-1]
+	if e := guard(func() { voids = salvage(newest) }); e != nil {
+		return newest.damage(0, 0, "the file cannot be read: %v", e)
+	}
 	w := newWalk(segs[0])
 	var t tail
 	for i, s := range segs {
@@ -67,7 +72,7 @@ func (l *Log) recover(rec *Recovery) error {
 	}
 	*rec = Recovery{
 		Records: w.records, LastSeq: lastSeq, Segments: len(segs), Uncommitted: t.uncommitted,
-		TornRecords: t.tornRecords, TornBytes: t.tornBytes,
+		TornRecords: t.tornRecords, TornBytes: t.tornBytes, Salvaged: voids,
 	}
 	if w.records > 0 {
 		rec.FirstSeq = segs[0].head.first

@@ -494,6 +494,84 @@ func TestUncommittedAreKept(t *testing.T) {
 	l.Close()
 }
 
+// Records published behind one that was never published are kept: their writers
+// may have acted on them. The missing ones become void.
+func TestSalvage(t *testing.T) {
+	for name, tc := range map[string]struct {
+		open  []int // of ten records, which are never published
+		size  int   // of those
+		kept  uint64
+		voids []uint64
+	}{
+		"one in the middle":        {[]int{3}, 100, 10, []uint64{8}},
+		"the first":                {[]int{0}, 100, 10, []uint64{5}},
+		"several in a row":         {[]int{2, 3, 4}, 1, 10, []uint64{7, 8, 9}},
+		"several apart":            {[]int{1, 5, 7}, 333, 10, []uint64{6, 10, 12}},
+		"the last: a torn tail":    {[]int{9}, 100, 9, nil},
+		"the last two and another": {[]int{4, 8, 9}, 100, 8, []uint64{9}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			l, _ := open(t, dir, smallOptions())
+			wait(t, l, appendN(t, l, 4))
+			var pending []Reservation
+			for i := range 10 {
+				seq := uint64(5 + i)
+				size := len(payload(seq))
+				if slices.Contains(tc.open, i) {
+					size = tc.size
+				}
+				r, err := l.Reserve(Class(seq%uint64(NumClasses)), size)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if slices.Contains(tc.open, i) {
+					pending = append(pending, r)
+					continue
+				}
+				copy(r.Buf, payload(seq))
+				r.Commit()
+			}
+			im := readImage(t, dir)
+			for _, r := range pending {
+				r.Abort() // so that Close can end
+			}
+			l.Close()
+
+			crash := filepath.Join(t.TempDir(), "log")
+			im.write(t, crash)
+			l, rec, err := Open(crash, smallOptions())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			if rec.LastSeq != 4+tc.kept || rec.Salvaged != uint64(len(tc.voids)) {
+				t.Fatalf("%+v, want records up to %d and %d salvaged", rec, 4+tc.kept, len(tc.voids))
+			}
+			for seq := uint64(1); seq <= rec.LastSeq; seq++ {
+				got, _, err := l.Get(seq)
+				if slices.Contains(tc.voids, seq) {
+					if !errors.Is(err, ErrNotFound) {
+						t.Errorf("void record %d: %.20q, %v", seq, got, err)
+					}
+					continue
+				}
+				if err != nil || !bytes.Equal(got, payload(seq)) {
+					t.Errorf("record %d: %.20q, %v", seq, got, err)
+				}
+			}
+			// The log goes on, and holds together.
+			wait(t, l, appendN(t, l, 3))
+			if err := l.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if rep, err := Verify(t.Context(), crash); err != nil || rep.Last != rec.LastSeq+3 {
+				t.Errorf("%+v, %v", rep, err)
+			}
+		})
+	}
+}
+
 func TestInterruptedMaking(t *testing.T) {
 	src := t.TempDir()
 	l, _ := open(t, src, smallOptions())

@@ -96,7 +96,6 @@ type walk struct {
 	records uint64
 	voids   uint64
 	h       *blake3.Hasher
-	buf     [32]byte
 }
 
 // pos is a place in the log. Places are ordered by segment, then offset.

@@ -169,7 +169,7 @@ var errStop = errors.New("stop")
 // overtakes the reader ends in an error too: read it again.
 func (s *Snapshot) Records(ctx context.Context) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
-		if err := s.scan(ctx, func(e Entry) bool { return yield(e, nil) }); err != nil && err != errStop {
+		if err := s.scan(ctx, func(e Entry) bool { return yield(e, nil) }); err != nil && !errors.Is(err, errStop) {
 			yield(Entry{}, err)
 		}
 	}

@@ -490,6 +490,9 @@ func (d *demo) inLog(ctx context.Context) (records int, err error) {
 		if err != nil {
 			return 0, err
 		}
+		if e.Void {
+			continue
+		}
 		rec, err := otlp.Parse(e.Payload)
 		if err != nil {
 			return 0, err

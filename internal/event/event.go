@@ -33,6 +33,7 @@ const (
 	NodeStarted    = "node.started"    // body: version, addresses, recovery, assurance
 	NodeStopped    = "node.stopped"    // clean shutdown
 	NodeHeartbeat  = "node.heartbeat"  // body: status summary
+	LogVoid        = "log.void"        // a sequence number whose record was cut off while it was written: nobody was told of it
 	NodeAssurance  = "node.assurance"  // the platform's level changed; body: was, is, refused
 	PolicyLoaded   = "policy.loaded"   // an operator's local bundle became active
 	PolicyFallback = "policy.fallback" // a slot was damaged: which, why, what took its place

@@ -212,7 +212,7 @@ func (p *Pipeline) Recover(ctx context.Context) (unknown int, err error) {
 		}
 		for _, raw := range b.Records {
 			next = raw.Seq
-			if raw.Class != wal.ClassDecision && raw.Class != wal.ClassAction {
+			if raw.Void || raw.Class != wal.ClassDecision && raw.Class != wal.ClassAction {
 				continue
 			}
 			rec, err := otlp.Parse(raw.Payload)

@@ -38,6 +38,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/wal"
 )
@@ -181,9 +182,11 @@ func (e *Exporter) Run(ctx context.Context) error {
 		}
 		views = views[:0]
 		for _, rec := range b.Records {
-			if len(rec.Payload) > 0 { // a void record has none
-				views = append(views, rec.Payload)
+			payload := rec.Payload
+			if rec.Void {
+				payload = e.void(rec)
 			}
+			views = append(views, payload)
 		}
 		first, last := b.Records[0].Seq, b.Records[len(b.Records)-1].Seq
 		err = e.deliver(ctx, views, first, last)
@@ -191,13 +194,31 @@ func (e *Exporter) Run(ctx context.Context) error {
 		if err != nil {
 			return nil // ctx ended; the batch goes out again after the next start
 		}
-		for c := range wal.NumClasses {
-			if err := e.o.Log.Advance(c, last); err != nil {
-				return fmt.Errorf("export: move the cursor to %d: %w", last, err)
-			}
+		if err := e.o.Log.AdvanceAll(last); err != nil {
+			return fmt.Errorf("export: move the cursors to %d: %w", last, err)
 		}
 		e.update(func(s *Status) { s.Delivered = last })
 	}
+}
+
+// void stands in for a record that was cut off while it was written: the
+// receiver must see every sequence number, or it waits for it for ever. Its time
+// is that of the record before it, so that a repeat is the same event.
+func (e *Exporter) void(v wal.Record) []byte {
+	r := otlp.Record{TimeUnixNano: 1, Severity: otlp.Info, EventType: event.LogVoid, LogID: e.o.Log.ID(), Class: v.Class.String(), Body: []byte("{}")}
+	for seq := v.Seq - 1; seq > 0; seq-- {
+		payload, _, err := e.o.Log.Get(seq)
+		if err != nil && errors.Is(err, wal.ErrNotFound) && seq > e.o.Log.Stats().OldestSeq {
+			continue // void, too
+		}
+		if before, perr := otlp.Parse(payload); err == nil && perr == nil {
+			r.TimeUnixNano = before.TimeUnixNano
+		}
+		break
+	}
+	b := make([]byte, r.Size())
+	r.Put(b, v.Seq)
+	return b
 }
 
 func (e *Exporter) update(f func(*Status)) {
@@ -209,9 +230,6 @@ func (e *Exporter) update(f func(*Status)) {
 // deliver sends one batch until it is taken or refused for ever. Its error is
 // that of ctx.
 func (e *Exporter) deliver(ctx context.Context, views [][]byte, first, last uint64) error {
-	if len(views) == 0 {
-		return nil
-	}
 	req := otlp.AppendExportRequest(nil, e.o.Resource, views)
 	backoff := e.o.MinBackoff
 	for attempt := 1; ; attempt++ {

@@ -246,6 +246,24 @@ func TestDelivery(t *testing.T) {
 	}
 }
 
+// TestVoid: a record that was cut off leaves no gap at the receiver.
+func TestVoid(t *testing.T) {
+	r, s := newRig(t), &sink{}
+	r.append(3)
+	for range 2 {
+		res, err := r.log.Reserve(wal.ClassAction, 50)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Abort()
+	}
+	r.append(3)
+	e, stop := r.run(s.listen(t, "http"))
+	eventually(t, "delivered", func() bool { return e.Status().Delivered == 8 })
+	stop()
+	wantSeqs(t, s.taken(), 8)
+}
+
 // TestOutage: nothing moves while the endpoint refuses, nothing is lost after.
 func TestOutage(t *testing.T) {
 	for _, scheme := range []string{"grpc", "http"} {
