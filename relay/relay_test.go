@@ -69,7 +69,7 @@ func start(t *testing.T, cfg relay.Config) *instance {
 	ctx, cancel := context.WithCancel(t.Context())
 	out := lines{make(chan string, 4)}
 	done := make(chan error, 1)
-	go func() { done <- relay.Run(ctx, cfg, slog.New(slog.NewTextHandler(io.Discard, nil)), out) }()
+	go func() { done <- relay.Run(ctx, cfg, slog.New(slog.DiscardHandler), out) }()
 	in := &instance{t: t, cfg: cfg}
 	select {
 	case a := <-out.addr:

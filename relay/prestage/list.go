@@ -1,18 +1,12 @@
 package prestage
 
 import (
-	"bytes"
 	"cmp"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/sha256"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/strictjson"
@@ -177,94 +171,24 @@ func refuse(code, format string, args ...any) *Refusal {
 	return &Refusal{Code: code, Detail: err.Error(), Err: err}
 }
 
-type envelope struct {
-	PayloadType string `json:"payloadType"`
-	Payload     string `json:"payload"`
-	Signatures  []struct {
-		KeyID string `json:"keyid"`
-		Sig   string `json:"sig"`
-	} `json:"signatures"`
-}
-
 // openEnvelope checks a DSSE envelope against the keyring and returns its
 // payload and the id of the key that signed it. The payload is not read before
 // the signature holds. A list has no date of its own, so the key's window is
 // compared with now, the moment of submission. Keys with usage "release" may
 // sign: who may say what nodes run may say what a relay keeps for them.
 func openEnvelope(data []byte, kr *verify.Keyring, now time.Time) (payload []byte, keyID string, err error) {
-	var e envelope
-	if err := strictjson.Unmarshal(data, &e); err != nil {
-		return nil, "", refuse(CodeMalformed, "envelope: %w", err)
+	payload, key, err := verify.Unseal(data, PayloadType, verify.UsageRelease, kr, MaxBodyBytes)
+	if err == nil {
+		err = key.ValidAt(now)
 	}
-	if e.PayloadType != PayloadType {
-		return nil, "", refuse(CodeMalformed, "payloadType is %.80q, want %q", e.PayloadType, PayloadType)
-	}
+	var fault *verify.Error
 	switch {
-	case len(e.Signatures) == 0 || len(e.Signatures) == 1 && e.Signatures[0].Sig == "":
-		return nil, "", refuse(CodeSigMissing, "the envelope holds no signature")
-	case len(e.Signatures) > 1:
-		return nil, "", refuse(CodeSigInvalid, "the envelope holds %d signatures, want exactly one", len(e.Signatures))
+	case err == nil:
+		return payload, key.ID, nil
+	case errors.As(err, &fault) && fault.Code == verify.CodeReleaseMalformed:
+		return nil, "", refuse(CodeMalformed, "%s", fault.Detail)
+	case errors.As(err, &fault):
+		return nil, "", refuse(fault.Code, "%s", fault.Detail)
 	}
-	if payload, err = decode64(e.Payload); err != nil {
-		return nil, "", refuse(CodeMalformed, "payload: %w", err)
-	}
-	sig, err := decode64(e.Signatures[0].Sig)
-	if err != nil {
-		return nil, "", refuse(CodeSigInvalid, "signature: %w", err)
-	}
-	msg := pae(PayloadType, payload)
-	for _, k := range kr.Candidates(e.Signatures[0].KeyID, verify.UsageRelease) {
-		if !signed(k.Public(), msg, sig) {
-			continue
-		}
-		if !k.May(verify.UsageRelease) {
-			return nil, "", refuse(CodeSigInvalid, "signed by key %s, which lacks usage %q", k.ID, verify.UsageRelease)
-		}
-		if err := k.ValidAt(now); err != nil {
-			var ve *verify.Error
-			if errors.As(err, &ve) {
-				return nil, "", refuse(ve.Code, "%s", ve.Detail)
-			}
-			return nil, "", refuse(CodeSigInvalid, "%w", err)
-		}
-		return payload, k.ID, nil
-	}
-	return nil, "", refuse(CodeSigInvalid, "no %s key of the keyring made this signature over these bytes (keyid %.80q)", verify.UsageRelease, e.Signatures[0].KeyID)
-}
-
-// pae is the DSSE pre-authentication encoding.
-func pae(payloadType string, payload []byte) []byte {
-	var b bytes.Buffer
-	for i, part := range [][]byte{[]byte("DSSEv1"), []byte(payloadType), payload} {
-		if i > 0 {
-			b.WriteByte(' ')
-			b.WriteString(strconv.Itoa(len(part)))
-			b.WriteByte(' ')
-		}
-		b.Write(part)
-	}
-	return b.Bytes()
-}
-
-func signed(pub crypto.PublicKey, message, sig []byte) bool {
-	switch k := pub.(type) {
-	case ed25519.PublicKey:
-		return ed25519.Verify(k, message, sig)
-	case *ecdsa.PublicKey:
-		sum := sha256.Sum256(message)
-		return ecdsa.VerifyASN1(k, sum[:], sig)
-	}
-	return false
-}
-
-// decode64 takes both alphabets, as the DSSE specification demands.
-func decode64(s string) ([]byte, error) {
-	if b, err := base64.StdEncoding.Strict().DecodeString(s); err == nil {
-		return b, nil
-	}
-	b, err := base64.URLEncoding.Strict().DecodeString(s)
-	if err != nil {
-		return nil, errors.New("not base64")
-	}
-	return b, nil
+	return nil, "", refuse(CodeSigInvalid, "%w", err)
 }
