@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/autonomyops/autonomy/examples"
 	"github.com/autonomyops/autonomy/internal/event"
@@ -47,6 +48,9 @@ every check held.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
 			d.out = c.OutOrStdout()
+			if f, ok := d.out.(*os.File); ok {
+				d.colour = term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == ""
+			}
 			return d.run(c.Context())
 		},
 	}
@@ -62,10 +66,11 @@ type demo struct {
 	withCollector bool
 	collectorBin  string
 
-	out   io.Writer
-	dir   string
-	procs processes
-	http  http.Client
+	out    io.Writer
+	colour bool
+	dir    string
+	procs  processes
+	http   http.Client
 
 	registry, cp, relay, agent string // host:port; agent is the node's
 	nodeArgs                   []string
@@ -137,7 +142,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 		{"What the fleet looks like", d.fleet},
 	}
 	for i, s := range steps {
-		fmt.Fprintf(d.out, "\n%d  %s\n", i+1, s.title)
+		fmt.Fprintln(d.out, "\n"+d.style(bold, fmt.Sprintf("%d  %s", i+1, s.title)))
 		if err := s.run(ctx); err != nil {
 			if ctx.Err() != nil {
 				return run.Exitf(run.Failure, "interrupted")
@@ -145,14 +150,30 @@ func (d *demo) run(ctx context.Context) (err error) {
 			return fmt.Errorf("%s: %w", strings.ToLower(s.title), err)
 		}
 	}
-	fmt.Fprintf(d.out, "\nAll checks held, in %.0f s.\n", time.Since(began).Seconds())
+	fmt.Fprintln(d.out, "\n"+d.style(green, fmt.Sprintf("All checks held, in %.1f s.", time.Since(began).Seconds())))
 	d.next()
 	return nil
 }
 
 // line prints one aligned line of the current step.
 func (d *demo) line(label, format string, args ...any) {
-	fmt.Fprintf(d.out, "   %-15s%s\n", label, fmt.Sprintf(format, args...))
+	fmt.Fprintf(d.out, "   %s%s\n", d.style(bold, fmt.Sprintf("%-15s", label)), fmt.Sprintf(format, args...))
+}
+
+// Styles of a terminal (ECMA-48, select graphic rendition).
+const (
+	bold  = "1"
+	faint = "2"
+	red   = "31"
+	green = "32"
+)
+
+// style wraps s when the output is a terminal that wants colour.
+func (d *demo) style(code, s string) string {
+	if !d.colour || s == "" {
+		return s
+	}
+	return "\x1b[" + code + "m" + s + "\x1b[0m"
 }
 
 // command shows a command of the operator's program and runs it in process.
@@ -173,12 +194,12 @@ func (d *demo) command(ctx context.Context, args ...string) (string, error) {
 		shown[i] = a
 	}
 	text := strings.TrimSuffix("autonomy "+strings.Join(shown, " "), " -o json") // that is for the demo to read
-	for i, l := range wrap(text, 74) {
+	for i, l := range wrap(text, 72) {
 		prefix := "   $ "
 		if i > 0 {
 			prefix = "       "
 		}
-		fmt.Fprintln(d.out, prefix+l)
+		fmt.Fprintln(d.out, d.style(faint, prefix+l))
 	}
 	var stdout, stderr bytes.Buffer
 	root := newRoot()
@@ -254,7 +275,7 @@ func (d *demo) start(ctx context.Context) error {
 		"--trust", d.path("keyring.json"), "--max-bytes", "256MiB", "--keep-free", "16MiB"); err != nil {
 		return err
 	}
-	d.line("relay", "http://%s  carries declared content, 256 MiB at most", d.relay)
+	d.line("relay", "http://%s  declared content, 256 MiB at most", d.relay)
 	endpoint, err := d.startCollector(ctx)
 	if err != nil {
 		return err
@@ -379,7 +400,7 @@ func (d *demo) release(ctx context.Context) error {
 		if len(s.Checked) > 0 {
 			what = s.Checked[0]
 		}
-		d.line("", "%d %-14s %s  %s", i+1, s.Name, s.Result, clip(what, 43))
+		fmt.Fprintf(d.out, "   %d %-15s%s  %s\n", i+1, s.Name, d.style(green, s.Result), clip(what, 51))
 	}
 	if st.Release.Active.Fingerprint != lock.Fingerprint {
 		return fmt.Errorf("the node runs fingerprint %s, the lock has %s", st.Release.Active.Fingerprint, lock.Fingerprint)
@@ -406,7 +427,7 @@ func (d *demo) calls(ctx context.Context) error {
 		{"tool.http_get", fmt.Sprintf(`{"endpoint":%q}`, web+"/away"), "redirects inside", 403, "deny", "runtime", "", "egress"},
 		{"tool.echo", `{"text":1,"text":2}`, "one key twice", 400, "deny", "request", "", "malformed"},
 	}
-	fmt.Fprintf(d.out, "   %-21s %-6s %-8s %-8s %9s  %s\n", "CALL", "SAYS", "WHO", "OUTCOME", "LATENCY", "")
+	fmt.Fprintln(d.out, d.style(faint, fmt.Sprintf("   %-21s %-6s %-8s %-8s %9s", "CALL", "SAYS", "WHO", "OUTCOME", "LATENCY")))
 	for _, w := range want {
 		a := d.call(ctx, w.kind, w.params)
 		a.note = w.note
@@ -414,7 +435,9 @@ func (d *demo) calls(ctx context.Context) error {
 		if who == "" {
 			who = "policy"
 		}
-		fmt.Fprintf(d.out, "   %-21s %-6s %-8s %-8s %6.2f ms  %s\n", a.kind, a.body.Decision, who, orDash(a.body.Outcome), float64(a.latency.Microseconds())/1000, a.note)
+		says := map[string]string{"allow": green, "deny": red}[a.body.Decision]
+		fmt.Fprintf(d.out, "   %-21s %s %-8s %-8s %6.2f ms  %s\n", a.kind, d.style(says, fmt.Sprintf("%-6s", a.body.Decision)), who,
+			orDash(a.body.Outcome), float64(a.latency.Microseconds())/1000, a.note)
 		switch {
 		case a.body.Decision == "deny":
 			for _, l := range wrap(printable(a.body.Reason), 70) {
@@ -424,7 +447,7 @@ func (d *demo) calls(ctx context.Context) error {
 			fmt.Fprintf(d.out, "      %s\n", clip(printable(string(a.body.Output)), 70))
 		}
 		if a.body.AuditID != "" {
-			fmt.Fprintf(d.out, "      audit %s\n", a.body.AuditID)
+			fmt.Fprintln(d.out, d.style(faint, "      audit "+a.body.AuditID))
 		}
 		code := a.body.Code
 		for _, r := range a.body.Reasons {
@@ -552,7 +575,7 @@ func (d *demo) crash(ctx context.Context) error {
 	} else {
 		d.answers = append(d.answers, a)
 	}
-	d.line("restarted", "serving again after %d ms, %s active, verified anew", time.Since(start).Milliseconds(), after.Policy.Active.Ref)
+	d.line("restarted", "serving after %d ms, %s active again", time.Since(start).Milliseconds(), after.Policy.Active.Ref)
 	return nil
 }
 
@@ -573,7 +596,7 @@ func (d *demo) outage(ctx context.Context) error {
 	if st.WAL.DurableSeq == 0 || st.Export.Delivered >= st.WAL.DurableSeq {
 		return errors.New("the node claims to have delivered to a control plane that is gone")
 	}
-	d.line("stopped", "%d more calls decided, recorded and run without it; %d records wait", n, st.WAL.DurableSeq-st.Export.Delivered)
+	d.line("stopped", "%d more calls went through without it; %d records wait", n, st.WAL.DurableSeq-st.Export.Delivered)
 	if err := d.startCP(ctx); err != nil {
 		return err
 	}
@@ -600,7 +623,7 @@ func (d *demo) outage(ctx context.Context) error {
 			return fmt.Errorf("the control plane has %d events of call %s, want %d", len(page.Events), a.body.AuditID, want)
 		}
 	}
-	d.line("checked", "each of the %d recorded calls, by audit id, at the control plane", recorded(d.answers))
+	d.line("checked", "each of the %d calls by its audit id, at the control plane", recorded(d.answers))
 	return nil
 }
 
@@ -746,7 +769,7 @@ It goes on running. Try
    autonomy wal export --dir %[3]s
    web page: http://%[2]s/
 Stop it
-   kill %[4]s && rm -r %[5]s
+   kill %[4]s && sleep 1 && rm -r %[5]s
 `, d.agent, d.cp, d.path("node", "wal"), strings.Join(pids, " "), d.dir)
 }
 
@@ -805,9 +828,9 @@ func findCollector(given string) (string, error) {
 	}
 	if cache, err := os.UserCacheDir(); err == nil {
 		found, err := filepath.Glob(filepath.Join(cache, "autonomyops", "bin", "otelcol-v*"))
+		found = slices.DeleteFunc(found, func(p string) bool { _, err := exec.LookPath(p); return err != nil })
 		if err == nil && len(found) > 0 {
-			slices.Sort(found)
-			return found[len(found)-1], nil
+			return slices.Max(found), nil
 		}
 	}
 	return "", run.Exitf(run.NotFound, "no OpenTelemetry Collector found: put otelcol on the PATH, give --collector BINARY, or run 'make setup' in a checkout, which builds one")

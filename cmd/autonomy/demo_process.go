@@ -47,9 +47,9 @@ func (p *processes) exec(ctx context.Context, name, addr, program string, args .
 	defer log.Close() // the child has its own
 	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demo; it stops them in order
-	if !p.detach {
-		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // Ctrl-C is for the demo; it stops them in order
+	if p.detach {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // away from this terminal, too
 	}
 	proc := &process{cmd: cmd, done: make(chan error, 1)}
 	started := make(chan error)

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -810,4 +811,68 @@ func TestCosign(t *testing.T) {
 	if out, stderr, code := f.cliCode("verify", image.Ref, "--key", f.path("other.pub")); code != run.Refused {
 		t.Errorf("autonomy verify with another key: exit code %d: %s%s", code, out, stderr)
 	}
+}
+
+// TestDemo: the demo checks what it claims; here only that it ends well, is
+// readable on 80 columns, cleans up, and works with a collector in between.
+func TestDemo(t *testing.T) {
+	autonomy := testutil.Build(t, "autonomy")
+	for _, args := range [][]string{{"demo"}, {"demo", "--with-collector"}} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			tmp := t.TempDir()
+			cmd := exec.Command(autonomy, args...)
+			cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
+			out, err := cmd.CombinedOutput()
+			if cmd.ProcessState.ExitCode() == run.NotFound {
+				testutil.Missing(t, "the OpenTelemetry Collector", "run: make setup")
+			}
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			for line := range strings.Lines(string(out)) {
+				if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > 80 {
+					t.Errorf("%d columns: %s", n, line)
+				}
+			}
+			for _, want := range []string{"gaps 0, chain ok", "demo-node", "All checks held"} {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("no %q in\n%s", want, out)
+				}
+			}
+			if left, err := os.ReadDir(tmp); err != nil || len(left) != 0 {
+				t.Errorf("left behind: %v, %v", left, err)
+			}
+		})
+	}
+}
+
+// TestDemoKeep: with --keep all goes on running after the demo has ended, and
+// what it prints stops it.
+func TestDemoKeep(t *testing.T) {
+	autonomy := testutil.Build(t, "autonomy")
+	cmd := exec.Command(autonomy, "demo", "--keep")
+	cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	stop := regexp.MustCompile(`(?m)^ +(kill [0-9 ]+ && sleep 1 && rm -r \S+)$`).FindSubmatch(out)
+	node := regexp.MustCompile(`--node (http://\S+)`).FindSubmatch(out)
+	if stop == nil || node == nil {
+		t.Fatalf("no way to go on in\n%s", out)
+	}
+	defer exec.Command("sh", "-c", strings.ReplaceAll(string(stop[1]), "kill ", "kill -9 ")).Run() // when the test failed before
+	if out, err := exec.Command(autonomy, "call", "tool.echo", `{"text":"still here"}`, "--node", string(node[1])).CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	if out, err := exec.Command("sh", "-c", string(stop[1])).CombinedOutput(); err != nil {
+		t.Errorf("%s: %v: %s", stop[1], err, out)
+	}
+	testutil.Eventually(t, timeout, "the node has stopped", func() error {
+		if resp, err := http.Get(string(node[1]) + "/healthz"); err == nil {
+			resp.Body.Close()
+			return fmt.Errorf("it answers %s", resp.Status)
+		}
+		return nil
+	})
 }
