@@ -96,13 +96,13 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := vfs.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
+	if err := n.assure(ctx); err != nil {
+		return err // before anything is written: the directory may not be ours
+	}
 	if n.id, err = identity(cfg); err != nil {
 		return err
 	}
 	n.log = log.With("node", n.id)
-	if err := n.assure(ctx); err != nil {
-		return err
-	}
 	if err := n.openLog(); err != nil {
 		return err
 	}
