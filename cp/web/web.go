@@ -38,7 +38,7 @@ const (
 
 const policy = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-var page = template.Must(template.New("page.html").Funcs(template.FuncMap{"short": short, "bytes": humanBytes}).ParseFS(files, "page.html"))
+var page = template.Must(template.New("page.html").Funcs(template.FuncMap{"short": short, "tail": tail, "bytes": humanBytes}).ParseFS(files, "page.html"))
 
 // New returns the handler of "/" and "/assets/".
 func New(st store.Store, staleAfter time.Duration, now func() time.Time, log *slog.Logger) http.Handler {
@@ -268,6 +268,15 @@ func short(s string) string {
 		return strings.ToValidUTF8(s[:27], "") + "…"
 	}
 	return s
+}
+
+// tail keeps the end of an audit id: the start names the log and is the same in
+// every row of a node, the end counts.
+func tail(id string) string {
+	if _, seq, ok := strings.Cut(id, "-"); ok && len(seq) == 16 {
+		id = "…" + seq[8:]
+	}
+	return short(id)
 }
 
 func humanBytes(n int64) string {
