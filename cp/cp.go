@@ -13,8 +13,6 @@ package cp
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -23,7 +21,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -85,26 +82,11 @@ type Config struct {
 // Default is the configuration without any flag.
 func Default() Config {
 	return Config{
-		Listen: []string{"127.0.0.1:8888"}, StateDir: DefaultStateDir(), Store: "sqlite",
+		Listen: []string{"127.0.0.1:8888"}, StateDir: run.StateDir("cp"), Store: "sqlite",
 		MaxBodyBytes: 16 << 20, MaxDBBytes: 10 << 30, KeepFree: 256 << 20,
 		EventRetention: 90 * 24 * time.Hour, StaleAfter: 90 * time.Second,
 		PeerRate: 2000, MaxWaiters: 10000, ShutdownTimeout: 10 * time.Second,
 	}
-}
-
-// DefaultStateDir is /var/lib/autonomy/cp for root, else below XDG_STATE_HOME.
-func DefaultStateDir() string {
-	if os.Geteuid() == 0 {
-		return "/var/lib/autonomy/cp"
-	}
-	if dir := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
-		return filepath.Join(dir, "autonomy", "cp")
-	}
-	home, err := os.UserHomeDir()
-	if err != nil {
-		return "" // Validate asks for --state-dir
-	}
-	return filepath.Join(home, ".local", "state", "autonomy", "cp")
 }
 
 // Bind defines the flags; c holds the defaults and receives the values.
@@ -206,7 +188,7 @@ func Run(ctx context.Context, c Config, stderr io.Writer, log *slog.Logger) (err
 			return run.Exitf(run.Usage, "--trust %s: %w", c.Trust, err)
 		}
 	}
-	tlsConf, err := c.tls()
+	tlsConf, err := run.ServerTLS(c.TLSCert, c.TLSKey, c.TLSClientCA)
 	if err != nil {
 		return run.Exit(run.Usage, err)
 	}
@@ -304,30 +286,6 @@ func listen(addrs []string) ([]net.Listener, error) {
 		out = append(out, ln)
 	}
 	return out, nil
-}
-
-// tls reads the files of --tls-…; nil without them.
-func (c *Config) tls() (*tls.Config, error) {
-	if c.TLSCert == "" {
-		return nil, nil
-	}
-	pair, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
-	if err != nil {
-		return nil, fmt.Errorf("--tls-cert %s, --tls-key %s: %w", c.TLSCert, c.TLSKey, err)
-	}
-	t := &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair}}
-	if c.TLSClientCA != "" {
-		pem, err := readFile(c.TLSClientCA)
-		if err != nil {
-			return nil, fmt.Errorf("--tls-client-ca: %w", err)
-		}
-		t.ClientCAs = x509.NewCertPool()
-		if !t.ClientCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("--tls-client-ca %s: no certificate in it", c.TLSClientCA)
-		}
-		t.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	return t, nil
 }
 
 func readFile(path string) ([]byte, error) {

@@ -3,8 +3,6 @@ package node
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"regexp"
 	"time"
 
@@ -52,7 +50,7 @@ type Config struct {
 func Defaults() Config {
 	return Config{
 		Listen:      []string{"127.0.0.1:7777"},
-		StateDir:    defaultStateDir(),
+		StateDir:    run.StateDir("node"),
 		Durability:  "strict",
 		Sync:        5 * time.Millisecond,
 		WALMax:      1 << 30,
@@ -67,21 +65,6 @@ func Defaults() Config {
 		MaxInFlight: httpapi.DefaultMaxInFlight,
 		MaxConns:    httpapi.DefaultMaxConns,
 	}
-}
-
-func defaultStateDir() string {
-	if os.Geteuid() == 0 {
-		return "/var/lib/autonomy/node"
-	}
-	base := os.Getenv("XDG_STATE_HOME")
-	if base == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return ""
-		}
-		base = filepath.Join(home, ".local", "state")
-	}
-	return filepath.Join(base, "autonomy", "node")
 }
 
 // Bind defines the flags of c on fs; c holds the defaults.

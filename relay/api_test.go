@@ -202,7 +202,7 @@ func TestServe(t *testing.T) {
 		t.Errorf("status: %s (%v)", body, err)
 	}
 	_, _, body = in.do("GET", "/metrics", nil, nil)
-	for _, line := range []string{`relay_items{state="staged"} 1`, `relay_blobs 4`, `relay_http_requests_total{route="v2_blobs",code="206"} 1`} {
+	for _, line := range []string{`autonomy_relay_items{state="staged"} 1`, `autonomy_relay_blobs 4`, `autonomy_relay_http_requests_total{route="v2_blobs",code="206"} 1`} {
 		if !strings.Contains(string(body), line) {
 			t.Errorf("metrics lack %s:\n%s", line, body)
 		}

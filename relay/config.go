@@ -3,8 +3,6 @@ package relay
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -20,7 +18,7 @@ const EnvPrefix = "AUTONOMY_RELAY_"
 // Config is everything a relay can be told. Each field is one flag, environment
 // variable and line of the configuration file; Defaults and Bind hold the list.
 type Config struct {
-	Listen        []string  // host:port or unix:PATH; beyond loopback only with TLS
+	Listen        []string  // host:port or unix:PATH; beyond loopback only with TLS and client certificates
 	StateDir      string    // blobs/, tmp/, prestage/, items/, lock
 	Upstream      string    // https://host[:port]; http:// for loopback addresses
 	MaxBytes      conf.Size // ceiling of everything under StateDir
@@ -46,7 +44,7 @@ type Config struct {
 func Defaults() Config {
 	return Config{
 		Listen:        []string{"127.0.0.1:5080"},
-		StateDir:      defaultStateDir(),
+		StateDir:      run.StateDir("relay"),
 		MaxBytes:      10 << 30,
 		KeepFree:      1 << 30,
 		MinInodes:     1024,
@@ -61,24 +59,9 @@ func Defaults() Config {
 	}
 }
 
-func defaultStateDir() string {
-	if os.Geteuid() == 0 {
-		return "/var/lib/autonomy/relay"
-	}
-	base := os.Getenv("XDG_STATE_HOME")
-	if base == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return ""
-		}
-		base = filepath.Join(home, ".local", "state")
-	}
-	return filepath.Join(base, "autonomy", "relay")
-}
-
 // Bind defines the flags of c on fs; c holds the defaults.
 func (c *Config) Bind(fs *pflag.FlagSet) {
-	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve on `ADDR`: host:port or unix:PATH; repeatable; beyond loopback only with TLS")
+	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve on `ADDR`: host:port or unix:PATH; repeatable; beyond loopback only with TLS and client certificates")
 	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "keep content and lists in `DIR`, on a local file system")
 	fs.StringVar(&c.Upstream, "upstream", c.Upstream, "pull declared content from the registry at `URL` (https, or http on loopback)")
 	fs.Var(&c.MaxBytes, "max-bytes", "ceiling of the state directory on disk; at it, content is refused")
@@ -109,8 +92,8 @@ func (c *Config) Validate() error {
 	}
 	tls := c.TLSCert != ""
 	for _, a := range c.Listen {
-		if !run.Loopback(a) && !tls {
-			fault("--listen %s: other machines can reach this address; give --tls-cert and --tls-key, or use 127.0.0.1:PORT or unix:PATH", a)
+		if !run.Loopback(a) && (!tls || c.TLSClientCA == "") {
+			fault("--listen %s: other machines can reach this address: give --tls-cert, --tls-key and --tls-client-ca, so that each side knows the other, or use 127.0.0.1:PORT or unix:PATH", a)
 		}
 		if !run.Loopback(a) && c.AllowUnsigned {
 			fault("--listen %s: --allow-unsigned-prestage is for loopback addresses and Unix sockets only", a)

@@ -23,7 +23,6 @@ package relay
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -89,9 +88,12 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
-	tlsConfig, err := loadTLS(cfg)
+	tlsConfig, err := run.ServerTLS(cfg.TLSCert, cfg.TLSKey, cfg.TLSClientCA)
 	if err != nil {
 		return run.Exit(run.Usage, err)
+	}
+	if tlsConfig != nil {
+		tlsConfig.NextProtos = []string{"http/1.1"} // HTTP/2 would copy every byte through the process
 	}
 	root, unlock, err := takeStateDir(cfg.StateDir)
 	if err != nil {
@@ -228,45 +230,22 @@ func takeStateDir(dir string) (root string, unlock func(), err error) {
 	return root, func() { f.Close() }, nil
 }
 
-func loadTLS(cfg Config) (*tls.Config, error) {
-	if cfg.TLSCert == "" {
-		return nil, nil
-	}
-	cert, err := tls.LoadX509KeyPair(cfg.TLSCert, cfg.TLSKey)
-	if err != nil {
-		return nil, fmt.Errorf("--tls-cert, --tls-key: %w", err)
-	}
-	out := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
-	if cfg.TLSClientCA != "" {
-		data, err := os.ReadFile(cfg.TLSClientCA)
-		if err != nil {
-			return nil, fmt.Errorf("--tls-client-ca: %w", err)
-		}
-		out.ClientCAs = x509.NewCertPool()
-		if !out.ClientCAs.AppendCertsFromPEM(data) {
-			return nil, fmt.Errorf("--tls-client-ca: %s holds no PEM certificate", cfg.TLSClientCA)
-		}
-		out.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	return out, nil
-}
-
 func newMetrics(status func() Status) *metrics.Set {
 	set := metrics.NewSet()
 	gauge := func(name string, f func(Status) float64) {
 		set.NewGauge(name, func() float64 { return f(status()) })
 	}
-	gauge("relay_disk_used_bytes", func(s Status) float64 { return float64(s.Disk.Used) })
-	gauge("relay_disk_reserved_bytes", func(s Status) float64 { return float64(s.Disk.Reserved) })
-	gauge("relay_disk_max_bytes", func(s Status) float64 { return float64(s.Disk.MaxBytes) })
-	gauge("relay_disk_available_bytes", func(s Status) float64 { return float64(s.Disk.Available) })
-	gauge("relay_blobs", func(s Status) float64 { return float64(s.Blobs) })
-	gauge("relay_evicted_blobs_total", func(s Status) float64 { return float64(s.Evicted) })
-	gauge("relay_staged_bytes_total", func(s Status) float64 { return float64(s.Prestage.StagedBytes) })
-	gauge("relay_attempts_total", func(s Status) float64 { return float64(s.Prestage.Attempts) })
-	gauge("relay_attempt_failures_total", func(s Status) float64 { return float64(s.Prestage.Failures) })
+	gauge("autonomy_relay_disk_used_bytes", func(s Status) float64 { return float64(s.Disk.Used) })
+	gauge("autonomy_relay_disk_reserved_bytes", func(s Status) float64 { return float64(s.Disk.Reserved) })
+	gauge("autonomy_relay_disk_max_bytes", func(s Status) float64 { return float64(s.Disk.MaxBytes) })
+	gauge("autonomy_relay_disk_available_bytes", func(s Status) float64 { return float64(s.Disk.Available) })
+	gauge("autonomy_relay_blobs", func(s Status) float64 { return float64(s.Blobs) })
+	gauge("autonomy_relay_evicted_blobs_total", func(s Status) float64 { return float64(s.Evicted) })
+	gauge("autonomy_relay_staged_bytes_total", func(s Status) float64 { return float64(s.Prestage.StagedBytes) })
+	gauge("autonomy_relay_attempts_total", func(s Status) float64 { return float64(s.Prestage.Attempts) })
+	gauge("autonomy_relay_attempt_failures_total", func(s Status) float64 { return float64(s.Prestage.Failures) })
 	for _, state := range []string{prestage.Pending, prestage.Staging, prestage.Staged, prestage.Failed} {
-		gauge(fmt.Sprintf("relay_items{state=%q}", state), func(s Status) float64 { return float64(s.Prestage.Items[state]) })
+		gauge(fmt.Sprintf("autonomy_relay_items{state=%q}", state), func(s Status) float64 { return float64(s.Prestage.Items[state]) })
 	}
 	return set
 }

@@ -54,7 +54,7 @@ func TestRefusesToStart(t *testing.T) {
 		{"log too small", "autonomy-node", []string{"--wal-max-bytes=1MiB", "--wal-segment-bytes=1MiB", state("e")}, run.Usage, "at least three segments"},
 		{"control plane beyond loopback", "autonomy-cp", []string{"--listen=0.0.0.0:8888", state("f")}, run.Usage, "loopback"},
 		{"PostgreSQL", "autonomy-cp", []string{"--store=postgres://x/y", state("f")}, run.Usage, "PostgreSQL"},
-		{"relay beyond loopback", "autonomy-relay", []string{"--listen=0.0.0.0:5080", "--upstream=http://127.0.0.1:1", state("g")}, run.Usage, "other machines can reach"},
+		{"relay beyond loopback", "autonomy-relay", []string{"--listen=0.0.0.0:5080", "--upstream=http://127.0.0.1:1", state("g")}, run.Usage, "give --tls-cert, --tls-key and --tls-client-ca"},
 		{"relay without upstream", "autonomy-relay", []string{"--listen=127.0.0.1:0", state("g")}, run.Usage, "upstream"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -93,8 +93,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if code == 0 {
 		code = http.StatusOK
 	}
-	h.cfg.Metrics.GetOrCreateCounter(fmt.Sprintf(`relay_http_requests_total{route=%q,code="%d"}`, route, code)).Inc()
-	h.cfg.Metrics.GetOrCreateCounter(`relay_http_sent_bytes_total`).AddInt64(rw.sent)
+	h.cfg.Metrics.GetOrCreateCounter(fmt.Sprintf(`autonomy_relay_http_requests_total{route=%q,code="%d"}`, route, code)).Inc()
+	h.cfg.Metrics.GetOrCreateCounter(`autonomy_relay_http_sent_bytes_total`).AddInt64(rw.sent)
 }
 
 // route answers the request and names the route for the metrics.
