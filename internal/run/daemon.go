@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"sync"
 
 	"github.com/spf13/pflag"
 
@@ -53,6 +54,11 @@ func (d Daemon) Main(args []string, stdout, stderr io.Writer) int {
 	}
 	ctx, stop := Signals(context.Background())
 	defer stop()
+	var alive sync.WaitGroup
+	defer alive.Wait()
+	beat, still := context.WithCancel(context.Background()) // also while it stops
+	defer still()
+	alive.Go(func() { watchdog(beat) })
 	if err := d.Run(ctx, Logger(stderr), stderr); err != nil {
 		fmt.Fprintf(stderr, "%s: %v\n", d.Name, err)
 		return Code(err)

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/term"
 
@@ -176,6 +177,25 @@ func Notify(state string) {
 	}
 	defer c.Close()
 	_, _ = c.Write([]byte(state)) // the manager's loss is not ours
+}
+
+// watchdog tells the service manager every half of its deadline that this
+// process is alive (WatchdogSec= in a unit), until ctx ends.
+func watchdog(ctx context.Context) {
+	usec, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	if pid := os.Getenv("WATCHDOG_PID"); err != nil || usec <= 0 || pid != "" && pid != strconv.Itoa(os.Getpid()) {
+		return
+	}
+	tick := time.NewTicker(max(time.Duration(usec)*time.Microsecond/2, time.Millisecond))
+	defer tick.Stop()
+	for {
+		Notify("WATCHDOG=1")
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // Activated returns the sockets that systemd passed (sd_listen_fds(3)).

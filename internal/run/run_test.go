@@ -131,6 +131,32 @@ func TestReady(t *testing.T) {
 	}
 }
 
+// TestWatchdog: while a daemon runs, the service manager hears of it.
+func TestWatchdog(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "notify")
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: sock, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	t.Setenv("NOTIFY_SOCKET", sock)
+	t.Setenv("WATCHDOG_USEC", "10000")
+	d := run.Daemon{Name: "x", EnvPrefix: "X_", Bind: func(*pflag.FlagSet) {}, Validate: func() error { return nil },
+		Run: func(context.Context, *slog.Logger, io.Writer) error {
+			buf := make([]byte, 64)
+			for range 3 {
+				n, err := manager.Read(buf)
+				if err != nil || string(buf[:n]) != "WATCHDOG=1" {
+					return fmt.Errorf("%q, %w", buf[:n], err)
+				}
+			}
+			return nil
+		}}
+	if code := d.Main(nil, io.Discard, os.Stderr); code != run.OK {
+		t.Errorf("exit code %d", code)
+	}
+}
+
 // TestActivated passes a listening socket as systemd does: descriptor 3.
 func TestActivated(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
