@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -40,6 +41,7 @@ import (
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
 	"github.com/autonomyops/autonomy/prepared"
+	"github.com/autonomyops/autonomy/verify"
 	"github.com/autonomyops/autonomy/wal"
 )
 
@@ -73,6 +75,7 @@ type node struct {
 	recovery wal.Recovery
 	report   atomic.Pointer[assurance.Report]
 	refuse   atomic.Pointer[string] // why the platform is refused; nil: it is not
+	keyring  *verify.Keyring        // nil: no --trust
 	slots    *prepared.Slots
 	faults   []prepared.Fallback
 	local    *prepared.Active // from --policy
@@ -84,7 +87,7 @@ type node struct {
 	addrs    []string
 
 	mu          sync.Mutex
-	oldTools    []*tool.Registry // replaced by a reload; closed at the end
+	oldTools    []*tool.Registry // replaced by a reload; closed when no call can use them any more
 	lastRejects time.Time
 }
 
@@ -103,10 +106,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err
 	}
 	n.log = log.With("node", n.id)
-	if err := n.openLog(); err != nil {
+	// What the operator may have got wrong comes before the log, which takes its
+	// time at the first start.
+	if err := n.loadTrust(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, n.wal.Close()) }()
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
@@ -116,6 +120,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	n.tools.Store(registry)
 	defer n.closeTools()
+	if err := n.openLog(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.wal.Close()) }()
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
@@ -293,18 +301,37 @@ func (n *node) watchPlatform(ctx context.Context) {
 	}
 }
 
-func (n *node) openLog() error {
-	var err error
-	n.wal, n.recovery, err = wal.Open(filepath.Join(n.cfg.StateDir, "wal"), wal.Options{
-		SegmentBytes: int64(n.cfg.WALSegment), MaxBytes: int64(n.cfg.WALMax), KeepFree: int64(n.cfg.KeepFree),
-		SyncInterval: n.cfg.Sync, Watermark: n.cfg.CP != "" && n.cfg.OTLP != "", Logger: n.log,
-		Progress: n.provisioning(),
-	})
-	if errors.Is(err, wal.ErrDamaged) {
-		return run.Exit(run.Integrity, fmt.Errorf("open the log: %w", err))
+// openLog opens the log. Making a large one takes its time: a stop in the middle
+// does not wait for that. What was made so far is left behind as by a crash, and
+// the next start goes on with it.
+func (n *node) openLog(ctx context.Context) error {
+	type result struct {
+		log *wal.Log
+		rec wal.Recovery
+		err error
 	}
-	if err != nil {
-		return fmt.Errorf("open the log: %w", err)
+	opened := make(chan result, 1)
+	go func() {
+		var r result
+		r.log, r.rec, r.err = wal.Open(filepath.Join(n.cfg.StateDir, "wal"), wal.Options{
+			SegmentBytes: int64(n.cfg.WALSegment), MaxBytes: int64(n.cfg.WALMax), KeepFree: int64(n.cfg.KeepFree),
+			SyncInterval: n.cfg.Sync, Watermark: n.cfg.CP != "" && n.cfg.OTLP != "", Logger: n.log,
+			Progress: n.provisioning(),
+		})
+		opened <- r
+	}()
+	var r result
+	select {
+	case r = <-opened:
+	case <-ctx.Done():
+		return ctx.Err() // the process ends
+	}
+	n.wal, n.recovery = r.log, r.rec
+	if errors.Is(r.err, wal.ErrDamaged) {
+		return run.Exit(run.Integrity, fmt.Errorf("open the log: %w", r.err))
+	}
+	if r.err != nil {
+		return fmt.Errorf("open the log: %w", r.err)
 	}
 	return nil
 }
@@ -366,6 +393,25 @@ func (n *node) loadTools() (*tool.Registry, error) {
 	return tool.Load(n.cfg.Tools, o)
 }
 
+// retire closes a registry that a reload replaced, once no call can hold it.
+func (n *node) retire(old *tool.Registry) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.oldTools = append(n.oldTools, old)
+	time.AfterFunc(tool.MaxTimeout+n.cfg.Shutdown, func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		i := slices.Index(n.oldTools, old)
+		if i < 0 {
+			return // the node has stopped
+		}
+		n.oldTools = slices.Delete(n.oldTools, i, i+1)
+		if err := old.Close(); err != nil {
+			n.log.Warn("close tools", "err", err)
+		}
+	})
+}
+
 func (n *node) closeTools() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -374,6 +420,7 @@ func (n *node) closeTools() {
 			n.log.Warn("close tools", "err", err)
 		}
 	}
+	n.oldTools = nil
 }
 
 // agent is the release that policy and records see.
@@ -558,9 +605,7 @@ func (n *node) reloads(ctx context.Context) {
 		if err != nil {
 			n.log.Error("reload refused: the tools in force stay", "err", err)
 		} else {
-			n.mu.Lock()
-			n.oldTools = append(n.oldTools, n.tools.Swap(registry))
-			n.mu.Unlock()
+			n.retire(n.tools.Swap(registry))
 			n.log.Info("tools reloaded", "tools", len(registry.List()))
 		}
 		run.Notify("READY=1")

@@ -236,6 +236,9 @@ type SlotStatus struct {
 	Fallbacks []Fallback `json:"fallbacks,omitempty"` // since start; cleared by a good activation
 }
 
+// ServingActive is SlotStatus.Serving when the active slot is in force.
+const ServingActive = slotActive
+
 // SlotInfo is one slot.
 type SlotInfo struct {
 	Ref         string    `json:"ref"`

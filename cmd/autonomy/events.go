@@ -36,7 +36,7 @@ func newEventsQuery() *cobra.Command {
 how long ago: --since 15m. Exit code 4 when --audit-id names nothing.`,
 		Args: usageArgs(cobra.NoArgs),
 		Example: `  autonomy events query --decision deny --since 1h
-  autonomy events query --audit-id 01K8… -o json`,
+  autonomy events query --audit-id 9f3c5a1be07d2c44-000000000000002a -o json`,
 	}
 	cp := cpFlag(c)
 	format := outputFlag(c)

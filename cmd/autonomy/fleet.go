@@ -148,7 +148,7 @@ func printFleet(w io.Writer, nodes []fleetNode) error {
 	if err := printTable(w, []string{"NODE", "STATE", "RELEASE", "POLICY", "RECORDS", "AUDIT", "HEARD"}, rows); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(w, "%d nodes, %d up, %d behind, %d with gaps or conflicts\n", len(nodes), up, behind, trouble)
+	_, err := fmt.Fprintf(w, "%s, %d up, %d behind, %d with gaps or conflicts\n", count(len(nodes), "node"), up, behind, trouble)
 	return err
 }
 

@@ -51,6 +51,14 @@ func printTable(w io.Writer, header []string, rows [][]string) error {
 	return tw.Flush()
 }
 
+// count is "1 node", "2 nodes".
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
 // printable replaces what could move a terminal's cursor or fake a line.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {

@@ -255,7 +255,7 @@ DIR/inputs. Exits 1 when there is a finding.`,
 			}
 		}
 		if len(found) > 0 {
-			return run.Exitf(run.Failure, "%d findings", len(found))
+			return run.Exitf(run.Failure, "%s", count(len(found), "finding"))
 		}
 		return nil
 	}

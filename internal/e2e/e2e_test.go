@@ -738,6 +738,7 @@ func TestDamage(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	f.cp.Stop(t) // which would mend it
 	f.node.Stop(t)
 	spoil(f.path("node", "policy", "active", "bundle.tar.gz"), 100)
 	restart()
@@ -747,13 +748,26 @@ func TestDamage(t *testing.T) {
 	if a := f.call(`{"kind":"tool.echo"}`); a.Status != 200 || a.PolicyRef != "quickstart@1.0.0" {
 		t.Errorf("%+v", a)
 	}
+	f.cp = f.cp.Restart(t)
+	f.cp.Addr(t)
 	es := f.wantEvents(url.Values{"event_type": {event.PolicyFallback}}, event.PolicyFallback)
 	if !strings.Contains(string(es[0].Body), "quickstart@1.0.0") {
 		t.Errorf("%s", es[0].Body)
 	}
+	testutil.Eventually(t, timeout, "the same release mends the slot", func() error {
+		s, err := f.status()
+		if err != nil {
+			return err
+		}
+		if s.Policy.Serving != "active" || s.Policy.Active.Ref != "quickstart@1.1.0" {
+			return fmt.Errorf("%+v", s.Policy)
+		}
+		return nil
+	})
 
 	f.node.Stop(t)
-	f.cp.Stop(t) // so that the release does not come back by poll
+	f.cp.Stop(t)
+	spoil(f.path("node", "policy", "active", "bundle.tar.gz"), 100)
 	spoil(f.path("node", "policy", "lkg", "bundle.tar.gz"), 100)
 	restart()
 	if a := f.call(`{"kind":"tool.echo"}`); a.Status != 503 || a.Layer != "policy" {

@@ -190,7 +190,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	active := p.o.Policies.Current()
 	if active == nil {
 		return deny(http.StatusServiceUnavailable, LayerPolicy, "no_policy",
-			"no policy is active: publish a release, or start the node with --policy BUNDLE")
+			"no policy is active: publish a release, or start a node that never had one with --policy BUNDLE. GET /v1/status says why")
 	}
 	bundle := active.Program.Bundle()
 	s := p.scratch.Get().(*scratch)

@@ -47,6 +47,7 @@ type Record struct {
 	Image           string            `json:"image"`
 	Agent           string            `json:"agent"`         // name in the lock
 	PolicyDigest    string            `json:"policy_digest"` // of the bundle file
+	EnvelopeDigest  string            `json:"envelope_digest"`
 	ActivatedAt     time.Time         `json:"activated_at"`
 	ExpiresAt       time.Time         `json:"expires_at"`
 	HighestSequence map[string]uint64 `json:"highest_sequence"` // by channel
@@ -112,7 +113,8 @@ type Poller struct {
 	o Options
 
 	mu      sync.Mutex
-	active  *Record
+	active  *Record // of the policy in force; nil: that belongs to no release
+	last    *Record // of the release activated last, whatever is in force
 	highest map[string]uint64
 	refused []Refusal
 	state   State
@@ -151,6 +153,7 @@ func New(o Options) (*Poller, error) {
 			return nil, fmt.Errorf("release state: %w", err)
 		}
 	}
+	p.last = active
 	if active != nil {
 		p.highest = active.HighestSequence
 		if p.highest == nil {
@@ -273,10 +276,16 @@ func (p *Poller) consider(ctx context.Context, env []byte) error {
 	if err == nil && p.active != nil && p.active.ReleaseID == rel.ReleaseID && p.active.Sequence == rel.Sequence {
 		return nil
 	}
+	highest := p.highest[p.o.Channel]
+	if p.last != nil && p.last.EnvelopeDigest == digest && p.o.Slots.Status().Serving != prepared.ServingActive {
+		// The slot of the release that was activated last is damaged: the very
+		// same release mends it, and is no way back to an older one.
+		highest = p.last.Sequence - 1
+	}
 	material := verify.Material{Envelope: env}
 	if err == nil {
 		p.o.Note(event.ReleaseFound, event.LifecycleBody{ReleaseID: rel.ReleaseID, Channel: rel.Channel, Sequence: rel.Sequence, Result: "found"})
-		if rel.Channel == p.o.Channel && rel.Sequence > p.highest[p.o.Channel] { // otherwise verify refuses it: fetch nothing
+		if rel.Channel == p.o.Channel && rel.Sequence > highest { // otherwise verify refuses it: fetch nothing
 			material, err = p.o.Fetch.Fetch(ctx, env, rel)
 			var fault *verify.Error
 			switch {
@@ -289,7 +298,7 @@ func (p *Poller) consider(ctx context.Context, env []byte) error {
 		}
 	}
 	ev, rel, err := verify.Verify(ctx, material, verify.Params{
-		Keyring: p.o.Keyring, Channel: p.o.Channel, HighestSequence: p.highest[p.o.Channel], Now: p.o.Now(),
+		Keyring: p.o.Keyring, Channel: p.o.Channel, HighestSequence: highest, Now: p.o.Now(),
 		RuntimeVersion: p.o.Runtime, Artifacts: p.o.Artifact, ReadPolicy: readPolicy,
 	})
 	p.mu.Lock()
@@ -383,7 +392,7 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 	highest[rel.Channel] = rel.Sequence
 	rec := Record{
 		Schema: recordSchema, ReleaseID: rel.ReleaseID, Channel: rel.Channel, Sequence: rel.Sequence, Fingerprint: rel.Fingerprint,
-		Image: rel.Agent.Image, Agent: agentName(m.Lock), PolicyDigest: bundle.Digest, ActivatedAt: p.o.Now().UTC(), ExpiresAt: rel.ExpiresAt,
+		Image: rel.Agent.Image, Agent: agentName(m.Lock), PolicyDigest: bundle.Digest, EnvelopeDigest: digest, ActivatedAt: p.o.Now().UTC(), ExpiresAt: rel.ExpiresAt,
 		HighestSequence: highest, Evidence: *ev,
 	}
 	if err := writeJSON(p.path("staged.json"), rec); err != nil {
@@ -394,7 +403,7 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 		return fmt.Errorf("activate release %s: %w", rel.ReleaseID, err)
 	}
 	p.mu.Lock()
-	p.active, p.highest = &rec, highest
+	p.active, p.last, p.highest = &rec, &rec, highest
 	p.mu.Unlock()
 	if err := os.Rename(p.path("staged.json"), p.path("active.json")); err != nil {
 		return fmt.Errorf("release state: %w", err) // New finishes it

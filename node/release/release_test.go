@@ -467,6 +467,42 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// TestMend: the release whose slot is damaged comes back by the next poll; an
+// older one does not.
+func TestMend(t *testing.T) {
+	w := newWorld(t)
+	w.publish(1, nil)
+	old, oldMaterial := w.envelope, w.material
+	w.poll()
+	w.publish(2, nil)
+	env, material := w.envelope, w.material
+	w.poll()
+	for _, slot := range []string{"active", "lkg"} {
+		if err := os.WriteFile(filepath.Join(w.dir, "policy", slot, "bundle.tar.gz"), []byte("junk"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.start()
+	if w.slots.Current() != nil || w.poller.Active() != nil {
+		t.Fatal("a damaged slot is in force")
+	}
+	w.drain()
+	w.envelope, w.material = old, oldMaterial
+	w.poll()
+	if w.slots.Current() != nil {
+		t.Fatal("an older release came back over a damaged slot")
+	}
+	w.envelope, w.material = env, material
+	w.poll()
+	if a := w.slots.Current(); a == nil || a.Meta.Sequence != 2 || w.poller.Active() == nil {
+		t.Fatalf("not mended: %+v", a)
+	}
+	w.poll()
+	if st := w.poller.State(); len(st.Refused) != 1 || st.Refused[0].Code != verify.CodeSequenceRollback {
+		t.Errorf("%+v", st.Refused)
+	}
+}
+
 func TestStale(t *testing.T) {
 	w := newWorld(t)
 	w.publish(1, nil)

@@ -178,14 +178,22 @@ const (
 // Unenforceable names the limits of c that the tool cannot keep, "" for none.
 // The pipeline asks before it records an allow; Execute refuses them all the
 // same. What a tool has no part in, such as the processes of one that starts
-// none, it keeps.
+// none, it keeps; memory and processor time of one that runs inside the node
+// are the node's own, which nothing holds to a call's limit.
 func (t *Tool) Unenforceable(c constraint.Constraints) string {
 	if e, ok := t.exec.(interface {
 		Unenforceable(constraint.Constraints) string
 	}); ok {
 		return e.Unenforceable(c)
 	}
-	return ""
+	var names []string
+	if c.MemoryMax != 0 {
+		names = append(names, "memory_max")
+	}
+	if c.CPUMax != "" {
+		names = append(names, "cpu_max")
+	}
+	return strings.Join(names, ", ")
 }
 
 // Options are what Load needs beside the file. The zero value is right for the
@@ -241,6 +249,9 @@ func (r *Registry) Execute(ctx context.Context, t *Tool, req *Request) (res Resu
 	}
 	if n := req.Constraints.OutputMaxBytes; n < 0 {
 		return executor.Deny(CodeConstraint, fmt.Sprintf("policy set output_max_bytes to %d, want a positive number", n))
+	}
+	if c := t.Unenforceable(req.Constraints); c != "" {
+		return executor.Deny(CodeConstraint, fmt.Sprintf("policy limits this call by %s, which this tool cannot keep", c))
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

@@ -303,7 +303,7 @@ func TestUnenforceable(t *testing.T) {
 	r := parse(t, "tools: {tool.echo: {}, tool.shell: {}, tool.http_get: {hosts: [a]}, tool.fs.read: {root: /}, tool.exec.x: {argv: [/bin/true]}}")
 	all := constraint.Constraints{TimeoutMS: 1, OutputMaxBytes: 1, Env: []string{}, MemoryMax: 1, PidsMax: 1, CPUMax: "1 1", Egress: []string{}, FS: []string{}}
 	for kind, want := range map[string]string{
-		"tool.echo": "", "tool.http_get": "", "tool.fs.read": "",
+		"tool.echo": "memory_max, cpu_max", "tool.http_get": "memory_max, cpu_max", "tool.fs.read": "memory_max, cpu_max",
 		"tool.exec.x": "memory_max, pids_max, cpu_max, egress, fs", "tool.shell": "memory_max, pids_max, cpu_max, egress, fs",
 	} {
 		if got := lookup(t, r, kind).Unenforceable(all); got != want {

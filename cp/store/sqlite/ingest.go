@@ -447,6 +447,9 @@ func (o *observation) readBodies() {
 		if len(e.Body) == 0 || json.Unmarshal(e.Body, &b) != nil {
 			continue
 		}
+		if e.EventType != event.NodeStarted && e.EventType != event.NodeHeartbeat {
+			b.Version = "" // of something else, such as a bundle
+		}
 		level := struct {
 			Level string `json:"level"`
 		}{}
