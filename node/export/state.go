@@ -62,6 +62,7 @@ func (e *Exporter) load() {
 		e.o.Logger.Error("export state is damaged: delivery is off until it is resumed", "file", e.o.StateFile, "err", err)
 	case s.LogID == fresh.LogID && s.Endpoint == fresh.Endpoint:
 		e.led.state, e.led.saved = s, s
+		e.status.Attempts, e.status.Resends = s.Attempts, s.Resends
 	}
 }
 
