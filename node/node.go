@@ -394,7 +394,7 @@ func (n *node) connect() error {
 		var err error
 		n.exporter, err = export.New(export.Options{
 			Log: n.wal, Endpoint: n.cfg.OTLP, Logger: n.log,
-			Resource:   otlp.Resource{ServiceName: event.ServiceName, ServiceVersion: run.Version, InstanceID: n.id},
+			Resource:    otlp.Resource{ServiceName: event.ServiceName, ServiceVersion: run.Version, InstanceID: n.id},
 			Compression: n.cfg.OTLPPack, StateFile: filepath.Join(n.cfg.StateDir, "export.json"),
 			MaxAttempts: export.AttemptsFor(n.cfg.OTLPOutage, export.DefaultMinBackoff, export.DefaultMaxBackoff),
 			OnRejected:  n.rejected, OnExhausted: n.exportExhausted,
