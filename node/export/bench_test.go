@@ -202,8 +202,8 @@ func BenchmarkDrain(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				if !e.attempt(b.Context(), c) {
-					b.Fatal(e.Status().LastError)
+				if ok, err := e.attempt(b.Context(), c); err != nil || !ok {
+					b.Fatal(err, e.Status().LastError)
 				}
 				sent += len(c.items)
 				if la.next = c.end + 1; la.next > n {

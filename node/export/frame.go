@@ -1,7 +1,10 @@
 package export
 
 import (
+	"errors"
+	"fmt"
 	"io"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -116,6 +119,26 @@ func newFrame(framer *otlp.Framer, items []item, h *hold, from int) *frame {
 	}
 	return f
 }
+
+// guardedFrame is newFrame with a fault of the log's mapping made an error: it
+// reads what it copies there.
+func guardedFrame(framer *otlp.Framer, items []item, h *hold, from int) (f *frame, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		if _, fault := p.(interface{ Addr() uintptr }); !fault {
+			panic(p)
+		}
+		f, err = nil, fmt.Errorf("%w: %v", errFault, p)
+	}()
+	return newFrame(framer, items, h, from), nil
+}
+
+// errFault is a SIGBUS while records are read. It ends Run.
+var errFault = errors.New("memory fault in the log's mapping: the file was cut, or its disk cannot be read")
 
 func (f *frame) unref() {
 	if f.refs.Add(-1) > 0 {

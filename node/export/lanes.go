@@ -182,8 +182,8 @@ func (e *Exporter) inOrder(ctx context.Context, busy bool) (behind bool, err err
 	if c.end < e.o.Log.Durable() {
 		return true, nil
 	}
-	if !e.attempt(ctx, c) {
-		return false, nil
+	if ok, err := e.attempt(ctx, c); err != nil || !ok {
+		return false, err
 	}
 	return false, e.moved(c.end)
 }
@@ -218,8 +218,10 @@ func (e *Exporter) advanceLane(ctx context.Context, l *lane, target uint64) (ok 
 		return false, err
 	}
 	defer c.release()
-	if len(c.items) > 0 && !e.attempt(ctx, c) {
-		return false, nil
+	if len(c.items) > 0 {
+		if ok, err := e.attempt(ctx, c); err != nil || !ok {
+			return false, err
+		}
 	}
 	l.next = c.end + 1
 	if len(c.items) > 0 {
@@ -241,25 +243,31 @@ func (e *Exporter) noteDelivered() {
 }
 
 // attempt makes one attempt to deliver c, and reports whether c is done with:
-// taken, or refused for ever.
-func (e *Exporter) attempt(ctx context.Context, c *chunk) bool {
+// taken, or refused for ever. Its error is one of the log.
+func (e *Exporter) attempt(ctx context.Context, c *chunk) (bool, error) {
 	first := c.items[0].seq
 	e.begin(first)
 	wait, err := e.deliver(ctx, c.items, c.hold)
 	if err == nil {
 		e.succeeded(c)
-		return true
+		return true, nil
+	}
+	if errors.Is(err, errFault) {
+		return false, err
 	}
 	if ctx.Err() == nil {
 		e.failedAttempt(first, wait, err)
 	}
-	return false
+	return false, nil
 }
 
 // deliver sends items once. Records that are refused for ever are found by
 // halving, and the rest is sent: it is at most twice as many requests as records.
 func (e *Exporter) deliver(ctx context.Context, items []item, h *hold) (wait time.Duration, err error) {
-	f := newFrame(e.framer, items, h, viewFrom)
+	f, err := guardedFrame(e.framer, items, h, viewFrom)
+	if err != nil {
+		return 0, err
+	}
 	sctx, cancel := context.WithTimeout(ctx, e.o.Timeout)
 	rejected, why, wait, err := e.sender.send(sctx, f)
 	cancel()

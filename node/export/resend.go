@@ -2,6 +2,7 @@ package export
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -95,7 +96,9 @@ func (e *Exporter) again(ctx context.Context) (busy bool, err error) {
 		return false, err
 	}
 	defer c.release()
-	if _, err := e.deliver(ctx, c.items, c.hold); err != nil {
+	if _, err := e.deliver(ctx, c.items, c.hold); errors.Is(err, errFault) {
+		return false, err
+	} else if err != nil {
 		// The outage is the main stream's to retry; this pass is spent.
 		r.next, r.since = 0, now
 		e.failed.Inc()

@@ -18,15 +18,15 @@ func TestResend(t *testing.T) {
 		b.start()
 		b.append(list...)
 		b.until("delivered", func() bool { return b.e.Status().Delivered == 40 })
-		b.sink.batches = nil
+		b.sink.forget()
 		b.e.SetWatermark(15)
 		time.Sleep(50 * time.Second)
-		if len(b.sink.batches) != 0 {
-			t.Fatalf("sent again before its time: %v", b.sink.batches)
+		if len(b.sink.requests()) != 0 {
+			t.Fatalf("sent again before its time: %v", b.sink.requests())
 		}
 		begin := time.Now()
-		b.until("a pass", func() bool { return len(b.sink.batches) == 3 })
-		if got := slices.Concat(b.sink.batches...); len(got) != 25 || got[0] != 16 || got[24] != 40 {
+		b.until("a pass", func() bool { return len(b.sink.requests()) == 3 })
+		if got := slices.Concat(b.sink.requests()...); len(got) != 25 || got[0] != 16 || got[24] != 40 {
 			t.Errorf("sent again: %v, want 16 to 40", got)
 		}
 		if d := time.Since(begin); d > 20*time.Second {
@@ -36,12 +36,12 @@ func TestResend(t *testing.T) {
 		b.restart()
 		b.e.SetWatermark(15)
 		time.Sleep(100 * time.Second)
-		if len(b.sink.batches) != 3 {
-			t.Errorf("%d requests, want 3: a restart shortened the wait", len(b.sink.batches))
+		if len(b.sink.requests()) != 3 {
+			t.Errorf("%d requests, want 3: a restart shortened the wait", len(b.sink.requests()))
 		}
-		b.until("the third pass", func() bool { return len(b.sink.batches) == 9 })
+		b.until("the third pass", func() bool { return len(b.sink.requests()) == 9 })
 		time.Sleep(24 * time.Hour)
-		if n := len(b.sink.batches); n != 9 {
+		if n := len(b.sink.requests()); n != 9 {
 			t.Errorf("%d requests, want 9: there are three passes", n)
 		}
 		if st := b.e.Status(); st.NotHeld == "" || st.Resends != 3 || st.Watermark != 15 || st.State == Exhausted {
@@ -52,14 +52,14 @@ func TestResend(t *testing.T) {
 		b.until("delivered", func() bool { return b.e.Status().Delivered == 41 })
 		// Progress of the watermark begins it anew; being level ends it.
 		b.e.SetWatermark(30)
-		b.sink.batches = nil
-		b.until("a pass from 31", func() bool { return len(b.sink.batches) == 2 })
-		if st := b.e.Status(); st.NotHeld != "" || st.Resends != 1 || b.sink.batches[0][0] != 31 {
-			t.Errorf("%+v %v", st, b.sink.batches)
+		b.sink.forget()
+		b.until("a pass from 31", func() bool { return len(b.sink.requests()) == 2 })
+		if st := b.e.Status(); st.NotHeld != "" || st.Resends != 1 || b.sink.requests()[0][0] != 31 {
+			t.Errorf("%+v %v", st, b.sink.requests())
 		}
 		b.e.SetWatermark(41)
 		time.Sleep(24 * time.Hour)
-		if n := len(b.sink.batches); n != 2 {
+		if n := len(b.sink.requests()); n != 2 {
 			t.Errorf("%d requests, want 2: the control plane holds everything", n)
 		}
 		b.end()
@@ -77,7 +77,7 @@ func TestNoResend(t *testing.T) {
 			b.e.SetWatermark(uint64(i))
 			time.Sleep(50 * time.Second)
 		}
-		if n := len(b.sink.batches); n != 1 {
+		if n := len(b.sink.requests()); n != 1 {
 			t.Errorf("%d requests, want 1", n)
 		}
 		b.end()
