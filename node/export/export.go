@@ -293,8 +293,8 @@ func (e *Exporter) WriteMetrics(w io.Writer) { e.set.WritePrometheus(w) }
 // the log end it. It is called once.
 func (e *Exporter) Run(ctx context.Context) error {
 	defer e.sender.close()
-	e.load()
 	e.lanes = newLanes(e.o.Log)
+	e.load()
 	e.noteDelivered()
 	behind := !e.together()
 	for {

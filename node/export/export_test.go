@@ -1,14 +1,18 @@
 package export_test
 
 import (
+	"bufio"
 	"compress/gzip"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -32,7 +36,12 @@ import (
 	"github.com/autonomyops/autonomy/wal"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("EXPORT_CHILD_DIR"); dir != "" {
+		child(dir, os.Getenv("EXPORT_CHILD_ENDPOINT"))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // sink is an OTLP endpoint, over gRPC and HTTP, that keeps what it took.
 type sink struct {
@@ -503,5 +512,112 @@ func TestEndpointForm(t *testing.T) {
 		if _, err := export.New(export.Options{Endpoint: in}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", in, err, want)
 		}
+	}
+}
+
+// child exports the log in dir until it is killed.
+func child(dir, endpoint string) {
+	log, _, err := wal.Open(dir, wal.Options{SegmentBytes: 1 << 20, MaxBytes: 4 << 20})
+	if err == nil {
+		var e *export.Exporter
+		e, err = export.New(export.Options{Log: log, Endpoint: endpoint, Logger: slog.New(slog.DiscardHandler), BatchRecords: 7,
+			StateFile: dir + "-export.json", MinBackoff: time.Millisecond, MaxBackoff: 5 * time.Millisecond})
+		if err == nil {
+			fmt.Println("running")
+			err = e.Run(context.Background())
+		}
+	}
+	fmt.Fprintln(os.Stderr, "child:", err)
+	os.Exit(1)
+}
+
+// TestKill: an exporter that is killed anywhere in a catch-up, over and over,
+// with an endpoint that fails now and then, loses nothing, and no cursor stands
+// ahead of what was taken.
+func TestKill(t *testing.T) {
+	r, s := newRig(t), &sink{}
+	const n = 600
+	var classes []wal.Class
+	for i := range n {
+		c := []wal.Class{wal.ClassDecision, wal.ClassAction, wal.ClassLifecycle, wal.ClassError}[rand.IntN(4)]
+		if i%50 == 49 { // a void
+			res, err := r.log.Reserve(c, 50)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res.Abort()
+		} else {
+			rec := otlp.Record{TimeUnixNano: 1, Severity: otlp.Info, EventType: event.Decision, LogID: r.log.ID(), Class: c.String(), Body: []byte("{}")}
+			res, err := r.log.Reserve(c, rec.Size())
+			if err != nil {
+				t.Fatal(err)
+			}
+			rec.Put(res.Buf, res.Seq)
+			res.Commit()
+		}
+		classes = append(classes, c)
+	}
+	if err := r.log.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.answer = func(*collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {
+		if rand.IntN(4) == 0 {
+			return nil, status.Error(codes.Unavailable, "busy")
+		}
+		return &collogs.ExportLogsServiceResponse{}, nil
+	}
+	endpoint := s.listen(t, "grpc")
+	truthful := func() {
+		t.Helper()
+		held := map[int64]bool{}
+		for _, seq := range s.taken() {
+			held[seq] = true
+		}
+		for i, c := range classes {
+			if seq := uint64(i + 1); !held[int64(seq)] && seq <= r.log.Cursor(c) {
+				t.Errorf("the %v cursor stands at %d, but record %d was never taken", c, r.log.Cursor(c), seq)
+			}
+		}
+	}
+	for range 6 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), "EXPORT_CHILD_DIR="+r.dir, "EXPORT_CHILD_ENDPOINT="+endpoint)
+		cmd.Stderr = os.Stderr
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); line != "running\n" {
+			t.Fatalf("child says %q, %v", line, err)
+		}
+		was, want := len(s.taken()), 7+rand.IntN(60)
+		eventually(t, "progress", func() bool { return len(s.taken()) >= was+want })
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // says that it was killed
+		r.open()
+		truthful()
+		if err := r.log.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.open()
+	if r.log.Cursor(wal.ClassError) == 0 {
+		t.Error("no cursor moved")
+	}
+	e, stop := r.run(endpoint)
+	eventually(t, "delivered", func() bool { return e.Status().Delivered == n })
+	stop()
+	truthful()
+	seen := map[int64]bool{}
+	for _, seq := range s.taken() {
+		seen[seq] = true
+	}
+	if len(seen) != n {
+		t.Errorf("%d different records taken, want %d", len(seen), n)
 	}
 }

@@ -169,8 +169,9 @@ func (e *Exporter) inOrder(ctx context.Context, busy bool) (behind bool, err err
 	if busy && l.next > e.o.Log.Durable() {
 		return false, nil
 	}
+	target := e.o.Log.Durable()
 	tick, cancel := context.WithTimeout(ctx, e.resendTick())
-	c, err := e.collect(tick, l, nil, 0)
+	c, err := e.collect(tick, l, nil, target)
 	cancel()
 	if errors.Is(err, context.DeadlineExceeded) {
 		return false, nil
@@ -179,7 +180,7 @@ func (e *Exporter) inOrder(ctx context.Context, busy bool) (behind bool, err err
 		return false, err
 	}
 	defer c.release()
-	if c.end < e.o.Log.Durable() {
+	if c.end < target { // what came meanwhile does not count
 		return true, nil
 	}
 	if ok, err := e.attempt(ctx, c); err != nil || !ok {

@@ -534,6 +534,24 @@ func TestClock(t *testing.T) {
 	})
 }
 
+// TestStateBehind: a count whose batch was delivered, the end of which could not
+// be written, is over.
+func TestStateBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, Options{MaxAttempts: 3})
+		b.append(wal.ClassAction, wal.ClassAction)
+		if err := b.log.AdvanceAll(1); err != nil {
+			t.Fatal(err)
+		}
+		if err := writeState(b.o.StateFile, state{Schema: stateSchema, LogID: b.log.ID(), Endpoint: b.o.Endpoint, FirstSeq: 1, Attempts: 3}); err != nil {
+			t.Fatal(err)
+		}
+		b.start()
+		b.until("delivered", func() bool { return b.e.Status().Delivered == 2 })
+		b.end()
+	})
+}
+
 // TestStateUnwritable: where attempts cannot be counted on disk they are counted
 // in memory, and Resume says that it could not be kept.
 func TestStateUnwritable(t *testing.T) {

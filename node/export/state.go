@@ -61,6 +61,9 @@ func (e *Exporter) load() {
 		e.led.damaged = fmt.Errorf("%w: how often delivery was tried is not known; nothing is sent until an operator resumes it", err)
 		e.o.Logger.Error("export state is damaged: delivery is off until it is resumed", "file", e.o.StateFile, "err", err)
 	case s.LogID == fresh.LogID && s.Endpoint == fresh.Endpoint:
+		if s.FirstSeq <= e.delivered() { // its end could not be noted
+			s.FirstSeq, s.Attempts, s.NotUntil = 0, 0, 0
+		}
 		e.led.state, e.led.saved = s, s
 		e.status.Attempts, e.status.Resends = s.Attempts, s.Resends
 	}
