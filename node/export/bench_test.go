@@ -166,6 +166,40 @@ func BenchmarkSend(b *testing.B) {
 	}
 }
 
+// BenchmarkCompress is what a compression costs, and what it leaves, on records
+// whose bodies are JSON of a node's kind.
+func BenchmarkCompress(b *testing.B) {
+	items := make([]item, DefaultBatchRecords)
+	size := 0
+	for i := range items {
+		r := otlp.Record{TimeUnixNano: 1763800000000000000 + uint64(i)*1234567, Severity: otlp.Info, EventType: "decision", LogID: "0123456789abcdef", Class: "decision",
+			AuditID: fmt.Sprintf("%016x", uint64(i)*0x9e3779b97f4a7c15), Decision: "allow", Kind: "tool.http_get",
+			Body: fmt.Appendf(nil, `{"input":{"kind":"tool.http_get","params":{"endpoint":"https://api.example.com/x/%d"},"session":"s-%d","time_ns":%d}}`, i, i%7, i)}
+		p := make([]byte, r.Size())
+		r.Put(p, uint64(i+1))
+		items[i] = item{uint64(i + 1), p}
+		size += len(p)
+	}
+	f := newFrame(otlp.NewFramer(testResource), items, newHold(), viewFrom)
+	defer f.unref()
+	for _, name := range Compressions[1:] {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.SetBytes(int64(size))
+			left := 0
+			for b.Loop() {
+				p, err := compressors[name].pack(f)
+				if err != nil {
+					b.Fatal(err)
+				}
+				left = p.r.Len()
+				p.Close()
+			}
+			b.ReportMetric(float64(left)/float64(f.size), "left/byte")
+		})
+	}
+}
+
 // BenchmarkDrain is the whole way from the log to the socket, cursors included.
 // b.N counts records.
 func BenchmarkDrain(b *testing.B) {
