@@ -4,12 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/spf13/pflag"
 
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/run"
+	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
 )
 
@@ -29,6 +31,8 @@ type Config struct {
 	WALSegment  conf.Size         // one slot of the log
 	KeepFree    conf.Size         // bytes that the log never takes from the file system
 	OTLP        string            // grpc://HOST:PORT, http://…; empty: not exported
+	OTLPPack    string            // compression of exports: none, gzip, zstd; empty: by endpoint
+	OTLPOutage  time.Duration     // absence of the endpoint after which export waits for an operator
 	CP          string            // control plane; empty: no releases, no watermark
 	Relay       string            // content is pulled through it; empty: from the registry
 	Trust       string            // keyring file; required with CP
@@ -60,6 +64,7 @@ func Defaults() Config {
 		Poll:        30 * time.Second,
 		Heartbeat:   30 * time.Second,
 		MinLevel:    "none",
+		OTLPOutage:  24 * time.Hour,
 		Shutdown:    10 * time.Second,
 		MaxBody:     httpapi.DefaultMaxBodyBytes,
 		MaxInFlight: httpapi.DefaultMaxInFlight,
@@ -79,6 +84,8 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.Var(&c.WALSegment, "wal-segment-bytes", "size of one log segment")
 	fs.Var(&c.KeepFree, "keep-free", "space of the file system that the log never takes")
 	fs.StringVar(&c.OTLP, "otlp-endpoint", c.OTLP, "ship the log to `URL`: grpc://HOST:PORT, or http://… with the whole path")
+	fs.StringVar(&c.OTLPPack, "otlp-compression", c.OTLPPack, "compress exports with `NAME`: none, gzip or zstd (default: gzip, and none for gRPC on loopback)")
+	fs.DurationVar(&c.OTLPOutage, "otlp-max-outage", c.OTLPOutage, "after `TIME` of failed exports wait for an operator; records stay in the log")
 	fs.StringVar(&c.CP, "cp-url", c.CP, "poll releases from the control plane at `URL`")
 	fs.StringVar(&c.Relay, "relay-url", c.Relay, "pull release content through the relay at `URL`")
 	fs.StringVar(&c.Trust, "trust", c.Trust, "trust the keys in `KEYRING`")
@@ -127,6 +134,12 @@ func (c *Config) Validate() error {
 	}
 	if c.KeepFree < 0 {
 		fault("--keep-free is negative")
+	}
+	if c.OTLPPack != "" && !slices.Contains(export.Compressions, c.OTLPPack) {
+		fault("--otlp-compression is %q, want none, gzip or zstd", c.OTLPPack)
+	}
+	if c.OTLPOutage < time.Minute || c.OTLPOutage > 366*24*time.Hour {
+		fault("--otlp-max-outage is %s, want 1m to 8784h", c.OTLPOutage)
 	}
 	if c.CP != "" && c.Trust == "" {
 		fault("--cp-url needs --trust KEYRING: a node trusts signatures, not the control plane")

@@ -441,8 +441,10 @@ func (n *node) connect() error {
 		var err error
 		n.exporter, err = export.New(export.Options{
 			Log: n.wal, Endpoint: n.cfg.OTLP, Logger: n.log,
-			Resource:   otlp.Resource{ServiceName: event.ServiceName, ServiceVersion: run.Version, InstanceID: n.id},
-			OnRejected: n.rejected,
+			Resource:    otlp.Resource{ServiceName: event.ServiceName, ServiceVersion: run.Version, InstanceID: n.id},
+			Compression: n.cfg.OTLPPack, StateFile: filepath.Join(n.cfg.StateDir, "export.json"),
+			MaxAttempts: export.AttemptsFor(n.cfg.OTLPOutage, export.DefaultMinBackoff, export.DefaultMaxBackoff),
+			OnRejected:  n.rejected, OnExhausted: n.exportExhausted,
 		})
 		if err != nil {
 			return run.Exit(run.Usage, err)
@@ -466,6 +468,12 @@ func (n *node) rejected(first, last uint64, count int64, why string) {
 	if due {
 		n.note(wal.ClassError, event.ExportError, map[string]any{"first_seq": first, "last_seq": last, "rejected": count, "why": why})
 	}
+}
+
+// exportExhausted records that delivery has ended until an operator resumes it.
+// The record waits in the log with the others.
+func (n *node) exportExhausted(why string) {
+	n.note(wal.ClassError, event.ExportError, map[string]any{"state": export.Exhausted, "why": why})
 }
 
 // note records an event; a log that cannot take it is the log's error, which
@@ -538,12 +546,19 @@ func (n *node) heartbeat(ctx context.Context) {
 	}
 }
 
-// followWatermark lets the log recycle what the control plane holds durably.
+// followWatermark lets the log recycle what the control plane holds durably,
+// and the exporter send again what it does not hold although it was taken.
 func (n *node) followWatermark(ctx context.Context) {
 	for {
 		seq, ok, err := n.client.Watermark(ctx, n.id, n.wal.ID())
-		if err == nil && ok {
+		if err == nil {
+			if !ok {
+				seq = 0 // it holds nothing of this log
+			}
 			n.wal.SetWatermark(seq)
+			if n.exporter != nil {
+				n.exporter.SetWatermark(seq)
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -583,13 +598,14 @@ func (n *node) drain() {
 		return
 	}
 	for end := time.Now().Add(drainTime); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		if s := n.exporter.Status(); s.Pending == 0 || s.State == "retrying" {
+		if s := n.exporter.Status(); s.Pending == 0 || s.State == export.Retrying || s.State == export.Exhausted {
 			return
 		}
 	}
 }
 
 // reloads loads the tools anew at SIGHUP; a file with faults changes nothing.
+// An export that is exhausted is resumed: the signal is an operator's act.
 func (n *node) reloads(ctx context.Context) {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -607,6 +623,13 @@ func (n *node) reloads(ctx context.Context) {
 		} else {
 			n.retire(n.tools.Swap(registry))
 			n.log.Info("tools reloaded", "tools", len(registry.List()))
+		}
+		if n.exporter != nil && n.exporter.Status().State == export.Exhausted {
+			if err := n.exporter.Resume(); err != nil {
+				n.log.Error("export not resumed", "err", err)
+			} else {
+				n.log.Info("export resumed")
+			}
 		}
 		run.Notify("READY=1")
 	}

@@ -4,7 +4,7 @@
 // The life of a record: node/call fills a Record, asks Size, reserves that
 // many bytes in the write-ahead log, and Put writes the protobuf LogRecord
 // there, once. From then on those bytes are what is stored, hashed, read and
-// sent: the exporter only frames them (AppendExportRequest).
+// sent: the exporter only frames them (Framer, AppendExportRequest).
 //
 // Size does not depend on Seq, which the log assigns after it knows the size:
 // the sequence is a varint padded to ten bytes, which every protobuf parser
@@ -287,32 +287,82 @@ type Resource struct {
 	ServiceName, ServiceVersion, InstanceID string
 }
 
-// AppendExportRequest frames records, each one encoded LogRecord, as an
-// ExportLogsServiceRequest (the same bytes are the body of OTLP/HTTP).
-func AppendExportRequest(dst []byte, res Resource, records [][]byte) []byte {
-	// ExportLogsServiceRequest{1: ResourceLogs{1: Resource{1: KeyValue…}, 2: ScopeLogs{1: Scope{1: name}, 2: LogRecord…}}}
-	const scope = "autonomy/node"
+// scope names the instrumentation of every record.
+const scope = "autonomy/node"
+
+// Framer lays an ExportLogsServiceRequest around encoded records that it never
+// looks at, so that they can be sent from where they are stored:
+//
+//	AppendHead, then for each record AppendRecordHead and the record itself.
+//
+// There is nothing after the last record. The bytes are the gRPC message and
+// the body of OTLP/HTTP alike. A Framer does not change: it may be shared.
+type Framer struct {
+	resource []byte // field 1 of ResourceLogs
+	scope    []byte // field 1 of ScopeLogs
+}
+
+// NewFramer encodes the parts that all requests of one sender share.
+func NewFramer(res Resource) *Framer {
+	f := &Framer{}
 	resource := appendResource(nil, res)
-	scopeLen := sizeBytes(sizeBytes(len(scope)))
-	for _, r := range records {
-		scopeLen += sizeBytes(len(r))
-	}
+	f.resource = append(f.resource, 1<<3|2)
+	f.resource = protowire.AppendVarint(f.resource, uint64(len(resource)))
+	f.resource = append(f.resource, resource...)
+	f.scope = append(f.scope, 1<<3|2)
+	f.scope = protowire.AppendVarint(f.scope, uint64(sizeBytes(len(scope))))
+	f.scope = append(f.scope, 1<<3|2)
+	f.scope = protowire.AppendVarint(f.scope, uint64(len(scope)))
+	f.scope = append(f.scope, scope...)
+	return f
+}
+
+// RecordSize is how many bytes of a request a record of n bytes takes, its head
+// included.
+func RecordSize(n int) int { return sizeBytes(n) }
+
+// AppendRecordHead appends what stands before a record of n bytes: at most
+// MaxRecordHead bytes.
+func AppendRecordHead(dst []byte, n int) []byte {
+	return protowire.AppendVarint(append(dst, 2<<3|2), uint64(n))
+}
+
+// MaxRecordHead bounds AppendRecordHead for records below 4 GiB.
+const MaxRecordHead = 6
+
+// HeadSize is the length of AppendHead.
+func (f *Framer) HeadSize(records int) int {
+	logs := len(f.scope) + records
+	return sizeBytes(f.inner(logs)) - records
+}
+
+// inner is the length of ResourceLogs for a ScopeLogs of n bytes.
+func (f *Framer) inner(n int) int { return len(f.resource) + sizeBytes(n) }
+
+// AppendHead appends everything that stands before the first record; records
+// is the sum of RecordSize of all of them. With len(dst) and capacity for
+// HeadSize more bytes it does not allocate.
+func (f *Framer) AppendHead(dst []byte, records int) []byte {
+	// ExportLogsServiceRequest{1: ResourceLogs{1: Resource{1: KeyValue…}, 2: ScopeLogs{1: Scope{1: name}, 2: LogRecord…}}}
+	logs := len(f.scope) + records
 	dst = append(dst, 1<<3|2)
-	dst = protowire.AppendVarint(dst, uint64(sizeBytes(len(resource))+sizeBytes(scopeLen)))
-	dst = append(dst, 1<<3|2)
-	dst = protowire.AppendVarint(dst, uint64(len(resource)))
-	dst = append(dst, resource...)
+	dst = protowire.AppendVarint(dst, uint64(f.inner(logs)))
+	dst = append(dst, f.resource...)
 	dst = append(dst, 2<<3|2)
-	dst = protowire.AppendVarint(dst, uint64(scopeLen))
-	dst = append(dst, 1<<3|2)
-	dst = protowire.AppendVarint(dst, uint64(sizeBytes(len(scope))))
-	dst = append(dst, 1<<3|2)
-	dst = protowire.AppendVarint(dst, uint64(len(scope)))
-	dst = append(dst, scope...)
+	dst = protowire.AppendVarint(dst, uint64(logs))
+	return append(dst, f.scope...)
+}
+
+// AppendExportRequest frames records, each one encoded LogRecord, as one
+// contiguous ExportLogsServiceRequest.
+func AppendExportRequest(dst []byte, res Resource, records [][]byte) []byte {
+	n := 0
 	for _, r := range records {
-		dst = append(dst, 2<<3|2)
-		dst = protowire.AppendVarint(dst, uint64(len(r)))
-		dst = append(dst, r...)
+		n += RecordSize(len(r))
+	}
+	dst = NewFramer(res).AppendHead(dst, n)
+	for _, r := range records {
+		dst = append(AppendRecordHead(dst, len(r)), r...)
 	}
 	return dst
 }
