@@ -177,7 +177,7 @@ func BenchmarkCompress(b *testing.B) {
 			Body: fmt.Appendf(nil, `{"input":{"kind":"tool.http_get","params":{"endpoint":"https://api.example.com/x/%d"},"session":"s-%d","time_ns":%d}}`, i, i%7, i)}
 		p := make([]byte, r.Size())
 		r.Put(p, uint64(i+1))
-		items[i] = item{uint64(i + 1), p}
+		items[i] = item{seq: uint64(i + 1), payload: p}
 		size += len(p)
 	}
 	f := newFrame(otlp.NewFramer(testResource), items, newHold(), viewFrom)

@@ -18,7 +18,8 @@
 // At least once: after a crash between the endpoint's answer and the cursor the
 // same records go out again, and their event ids let the receiver drop them.
 // Records that the endpoint refuses for ever (InvalidArgument, 400, 413, a
-// partial success …) are counted, told to OnRejected, and passed: they stay in
+// partial success …) are counted, told to OnRejected, and passed; a log.refused
+// record goes out under their number, so that it is not missed. They stay in
 // the log until it needs the space. An endpoint that does not know the method,
 // the path or the compression is set up wrongly: nothing is given up for that.
 //

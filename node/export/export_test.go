@@ -388,6 +388,40 @@ func TestPoison(t *testing.T) {
 	}
 }
 
+// TestRefusedLeavesNoGap: where a record is refused for what it holds, its number
+// arrives all the same.
+func TestRefusedLeavesNoGap(t *testing.T) {
+	for _, scheme := range []string{"grpc", "http"} {
+		t.Run(scheme, func(t *testing.T) {
+			r, s := newRig(t), &sink{}
+			s.answer = func(req *collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {
+				for _, lr := range req.ResourceLogs[0].ScopeLogs[0].LogRecords {
+					if lr.EventName == "poison" {
+						return nil, status.Error(codes.InvalidArgument, "bad record")
+					}
+				}
+				return &collogs.ExportLogsServiceResponse{}, nil
+			}
+			r.append(3)
+			rec := otlp.Record{TimeUnixNano: 7, EventType: "poison", LogID: r.log.ID(), Class: "decision", AuditID: "a", Body: []byte(`{}`)}
+			res, err := r.log.Reserve(wal.ClassDecision, rec.Size())
+			if err != nil {
+				t.Fatal(err)
+			}
+			rec.Put(res.Buf, res.Seq)
+			res.Commit()
+			r.append(3)
+			e, stop := r.run(s.listen(t, scheme))
+			eventually(t, "delivered", func() bool { return e.Status().Delivered == 7 })
+			stop()
+			wantSeqs(t, s.taken(), 7)
+			if st := e.Status(); st.Rejected != 1 || len(r.rejected) != 1 {
+				t.Errorf("%+v %v", st, r.rejected)
+			}
+		})
+	}
+}
+
 func TestPartialSuccess(t *testing.T) {
 	r, s := newRig(t), &sink{}
 	s.answer = func(*collogs.ExportLogsServiceRequest) (*collogs.ExportLogsServiceResponse, error) {

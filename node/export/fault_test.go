@@ -26,7 +26,7 @@ func TestFault(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Munmap(m)
-	items := []item{{1, m[5000:5100]}}
+	items := []item{{seq: 1, payload: m[5000:5100]}}
 	if fr, err := guardedFrame(otlp.NewFramer(testResource), items, newHold(), viewFrom); err != nil {
 		t.Fatal(err)
 	} else {

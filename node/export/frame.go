@@ -33,6 +33,7 @@ const maxPooledArena = 2 << 20
 type item struct {
 	seq     uint64
 	payload []byte // a view of the log, or memory of its own for a void
+	standIn bool   // for a record that the endpoint refused
 }
 
 // hold owns log batches that views point into. The last reference releases them.

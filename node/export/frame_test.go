@@ -30,7 +30,7 @@ func testRecord(seq uint64, n int) []byte {
 func testItems(n, body int) []item {
 	items := make([]item, n)
 	for i := range items {
-		items[i] = item{uint64(i + 1), testRecord(uint64(i+1), body)}
+		items[i] = item{seq: uint64(i + 1), payload: testRecord(uint64(i+1), body)}
 	}
 	return items
 }
@@ -79,7 +79,7 @@ func FuzzFrame(f *testing.F) {
 			if err := proto.Unmarshal(p, lr); err != nil {
 				t.Fatal(err)
 			}
-			items, want, payloads = append(items, item{seq, p}), append(want, lr), append(payloads, p)
+			items, want, payloads = append(items, item{seq: seq, payload: p}), append(want, lr), append(payloads, p)
 		}
 		flat := otlp.AppendExportRequest(nil, testResource, payloads)
 		h := newHold()

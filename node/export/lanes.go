@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
+	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/wal"
 )
 
@@ -88,7 +90,7 @@ func (e *Exporter) collect(ctx context.Context, l *lane, classes []wal.Class, ta
 				if full = len(c.items) == e.o.BatchRecords || len(c.items) > 0 && c.bytes+len(payload) > e.o.BatchBytes; full {
 					break
 				}
-				c.items = append(c.items, item{rec.Seq, payload})
+				c.items = append(c.items, item{seq: rec.Seq, payload: payload})
 				c.bytes += len(payload)
 				used = used || !rec.Void
 			}
@@ -129,6 +131,26 @@ func (e *Exporter) void(v wal.Record) []byte {
 	r.Put(b, v.Seq)
 	return b
 }
+
+// refused stands in for a record that the endpoint refuses for ever: its number,
+// time and class, why, and how large it was. The record itself stays in the log.
+func (e *Exporter) refused(it item, why error) item {
+	r := otlp.Record{TimeUnixNano: 1, Severity: otlp.Error, EventType: event.LogRefused, LogID: e.o.Log.ID()}
+	if rec, err := otlp.Parse(it.payload); err == nil {
+		r.TimeUnixNano, r.Class, r.AuditID = rec.TimeUnixNano, rec.Class, rec.AuditID
+	}
+	text := why.Error()
+	if len(text) > maxRefusalText {
+		text = text[:maxRefusalText]
+	}
+	r.Body = append(strictjson.AppendString(append(strconv.AppendInt([]byte(`{"bytes":`), int64(len(it.payload)), 10), `,"why":`...), text), '}')
+	b := make([]byte, r.Size())
+	r.Put(b, it.seq)
+	return item{seq: it.seq, payload: b, standIn: true}
+}
+
+// maxRefusalText bounds an endpoint's reason in a stand-in, in bytes.
+const maxRefusalText = 512
 
 // together reports whether all lanes stand at the same record.
 func (e *Exporter) together() bool {
@@ -280,7 +302,15 @@ func (e *Exporter) deliver(ctx context.Context, items []item, h *hold) (wait tim
 			}
 			return e.deliver(ctx, items[half:], h)
 		}
-		rejected, why, err = int64(len(items)), err.Error(), nil
+		if items[0].standIn {
+			return 0, nil // nothing of this record is taken: it was counted
+		}
+		// The receiver must see its number all the same, or it waits for it for
+		// ever, and a log that is trimmed by its watermark fills up.
+		if wait, err := e.deliver(ctx, []item{e.refused(items[0], err)}, nil); err != nil {
+			return wait, err
+		}
+		rejected, why, err = 1, err.Error(), nil
 	}
 	if err != nil {
 		return wait, err
