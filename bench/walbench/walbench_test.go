@@ -70,6 +70,7 @@ func (p *plain) Close() error { return p.file.Close() }
 
 // small is a plan of every kind that takes seconds.
 func small(t *testing.T) *options {
+	t.Setenv("GORACE", "atexit_sleep_ms=0") // otherwise every leg sleeps for a second at its end
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
