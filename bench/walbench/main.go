@@ -13,9 +13,9 @@
 // arrives during a sync shares the next one.
 //
 // Bytes written are those of the device, so nothing else may write to it
-// meanwhile. What /proc/self/io counts as written is shown beside them, and is
-// not comparable: it counts a page when it becomes dirty, and a large folio
-// whole.
+// meanwhile; they are 0 on a file system without a device of its own (btrfs).
+// What /proc/self/io counts is in a leg's result, too, and says little: it
+// counts a page when it becomes dirty, and a large folio whole.
 package main
 
 import (

@@ -53,6 +53,9 @@ func openOurs(dir string, s leg.Spec) (leg.Log, error) {
 			}
 		})
 	}
+	if s.Frame {
+		return newFramed(w, s.Size)
+	}
 	return w, nil
 }
 

@@ -29,12 +29,13 @@ const (
 	nameTidwall   = "tidwall/wal"
 	namePebble    = "pebble record log"
 	nameBbolt     = "bbolt"
+	nameMarshal   = "proto.Marshal"
 )
 
 var sideOurs = side{name: nameOurs}
 
 // own are the sides that this program measures itself, in a process per leg.
-var own = map[string]leg.Open{nameOurs: openOurs, nameFdatasync: openFloor, nameDirect: openDirect}
+var own = map[string]leg.Open{nameOurs: openOurs, nameFdatasync: openFloor, nameDirect: openDirect, nameMarshal: openMarshal}
 
 // A block is one question, put to several sides.
 type block struct {
@@ -51,6 +52,7 @@ const (
 	kindDurable kind = "durable"
 	kindNoWait  kind = "nowait"
 	kindDrain   kind = "drain" // fill, then open and read
+	kindFrame   kind = "frame" // the same with OTLP records, framed for export
 	kindOpen    kind = "open"  // the same with a larger log: the opening counts
 )
 
@@ -62,6 +64,8 @@ func (b block) String() string {
 		return fmt.Sprintf("append without waiting, %d B", b.size)
 	case kindDrain:
 		return fmt.Sprintf("drain, %d B", b.size)
+	case kindFrame:
+		return fmt.Sprintf("drain to OTLP requests, %d B", b.size)
 	}
 	return fmt.Sprintf("open %d MiB after a crash", b.bytes()>>20)
 }
@@ -116,7 +120,8 @@ func full() (out []block) {
 		out = append(out, block{kind: kindNoWait, size: size, records: 100_000, sides: all(sides(false, buffered...))})
 	}
 	for _, size := range []int{300, 1024} {
-		out = append(out, block{kind: kindDrain, size: size, records: 256 << 20 / size, sides: all(sides(false, batchable...))})
+		out = append(out, block{kind: kindDrain, size: size, records: 256 << 20 / size, sides: all(sides(false, batchable...))},
+			block{kind: kindFrame, size: size, records: 64 << 20 / size, sides: all(sides(false, nameMarshal))})
 	}
 	return append(out,
 		block{kind: kindOpen, size: 1024, records: 128 << 10, sides: all()},
@@ -134,6 +139,7 @@ func quick() []block {
 			sides: all(sides(false, namePebble), sides(true, "prometheus wlog", namePebble))},
 		{kind: kindNoWait, size: 300, records: 100_000, sides: all(sides(false, namePebble, "prometheus wlog"))},
 		{kind: kindDrain, size: 1024, records: 64 << 10, sides: all(sides(false, namePebble, "prometheus wlog"))},
+		{kind: kindFrame, size: 300, records: 32 << 10, sides: all(sides(false, nameMarshal))},
 		{kind: kindOpen, size: 1024, records: 32 << 10, sides: all()},
 		{kind: kindOpen, size: 1024, records: 128 << 10, sides: all()},
 	}
@@ -142,7 +148,7 @@ func quick() []block {
 // specs are the legs of one side in one repetition: they run one after the
 // other in the same directory, and the last one's result counts.
 func (b block) specs(s side, dir string, t scale) []leg.Spec {
-	spec := leg.Spec{Side: s.name, Dir: dir, Size: b.size, Batch: s.batch, Records: b.records, Segment: t.segment}
+	spec := leg.Spec{Side: s.name, Dir: dir, Size: b.size, Batch: s.batch, Records: b.records, Segment: t.segment, Frame: b.kind == kindFrame}
 	switch b.kind {
 	case kindDurable:
 		spec.Mode, spec.Waiters, spec.Warmup, spec.Measure, spec.MaxBytes = leg.Durable, b.waiters, t.warmup, t.measure, maxBytes

@@ -41,7 +41,8 @@ var (
 	mAllocs = metric{"allocations", "per record", perOwn}
 	mDevice = metric{"written to the device", "B/record", func(r leg.Result) float64 { return float64(r.Device) / float64(r.Records) }}
 	mOpen   = metric{"open", "ms", func(r leg.Result) float64 { return micros(r.Open) / 1e3 }}
-	mRSS    = metric{"RSS after open and drain", "MiB", func(r leg.Result) float64 { return float64(r.DrainRSS) / (1 << 20) }}
+	mRSS    = metric{"RSS after open and drain", "MiB", func(r leg.Result) float64 { return float64(r.RSS) / (1 << 20) }}
+	mAnon   = metric{"of it not backed by files", "MiB", func(r leg.Result) float64 { return float64(r.Anon) / (1 << 20) }}
 )
 
 // perOwn is allocations per record. Below 1 in 20 they are a group's, a
@@ -66,7 +67,7 @@ func (b block) metrics() []metric {
 		return []metric{mRate, mP50, mP99, mDevice, mAllocs}
 	case kindNoWait:
 		return []metric{mMean, mP50ns, mP99ns, mAllocs}
-	case kindDrain:
+	case kindDrain, kindFrame:
 		return []metric{mBytes(b.size), mAllocs}
 	}
 	return []metric{mOpen}
@@ -150,6 +151,9 @@ func (r *report) targetRows() (out []results.Row) {
 				results.Fixed(area, name("allocations"), mAllocs.unit, "none", 0, ours(mAllocs)).AtMost(0))
 		case kindDrain:
 			add(results.Fixed(area, name("allocations"), mAllocs.unit, "none", 0, ours(mAllocs)).AtMost(0))
+		case kindFrame:
+			add(against("throughput", mBytes(b.size), side{name: nameMarshal}).AtLeast(3),
+				results.Fixed(area, name("throughput"), "GB/s", "1 GB/s", 1, ours(mBytes(b.size))).AtLeast(1))
 		case kindOpen:
 			if b.bytes() >= 1<<30 {
 				add(results.Fixed(area, name("open, warm"), mOpen.unit, "0.3 s", 300, ours(mOpen)).AtMost(1))
@@ -200,7 +204,7 @@ func (r *report) table(i int) string {
 	b := r.options.plan[i]
 	ms := b.metrics()
 	if b.kind == kindOpen {
-		ms = append(ms, mRSS)
+		ms = append(ms, mRSS, mAnon)
 	}
 	var t strings.Builder
 	fmt.Fprintf(&t, "| side |")
@@ -274,6 +278,7 @@ How to read this:
 - **floor**: one page of a file that was written before, made durable. It keeps nothing that could be read again.
 - **append without waiting** reads the clock once for each append, %s ns of p50 and p99 here; the mean has none of that. Ours is in memory that survives the process; pebble's is in its heap until it is flushed.
 - **drain** reads the whole log once it is warm. tidwall/wal, bbolt and SQLite check no record; etcd reads all of it into memory first.
+- **drain to OTLP requests** reads, checks and frames OTLP records; nothing is sent. proto.Marshal encodes the same records from messages that are already built, in requests of the same size.
 - **open** of ours follows a process that ended without closing, and checks every record. tidwall/wal and raft-wal were closed, and read the last segment.
 - **written to the device** is the whole device's counter: nothing else may write to it meanwhile.
 - **allocations** are those of the whole process divided by its records; under one in twenty they count as none.

@@ -84,6 +84,7 @@ func small(t *testing.T) *options {
 			{kind: kindDurable, size: 300, waiters: 1024, sides: all(sides(true, namePebble))},
 			{kind: kindNoWait, size: 300, records: 2000, sides: all(sides(false, namePebble))},
 			{kind: kindDrain, size: 1024, records: 4000, sides: all(sides(false, namePebble))},
+			{kind: kindFrame, size: 300, records: 2000, sides: all(sides(false, nameMarshal))},
 			{kind: kindOpen, size: 1024, records: 1000, sides: all()},
 			{kind: kindOpen, size: 1024, records: 2000, sides: all(sides(false, nameTidwall))},
 		},
@@ -200,6 +201,20 @@ func TestLegRefuses(t *testing.T) {
 				t.Errorf("got %v, want %s", err, tt.want)
 			}
 		})
+	}
+}
+
+func TestLogRecord(t *testing.T) {
+	for _, b := range append(full(), quick()...) {
+		if b.kind != kindFrame {
+			continue
+		}
+		if r, err := logRecord(b.size); err != nil || r.Size() != b.size {
+			t.Errorf("%v: %d bytes, %v", b, r.Size(), err)
+		}
+	}
+	if _, err := logRecord(20); err == nil {
+		t.Error("a decision in 20 bytes passed")
 	}
 }
 

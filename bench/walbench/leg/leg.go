@@ -79,6 +79,8 @@ type Spec struct {
 	Warmup  time.Duration `json:"warmup"`  // Durable
 	Measure time.Duration `json:"measure"` // Durable
 	Records int           `json:"records"` // NoWait, Fill; Read: how many there must be
+	// Frame: the records are OTLP, and a drain frames them as export requests.
+	Frame bool `json:"frame"`
 	// Segment is the size of the files that a log goes through, if it can be told.
 	Segment int64 `json:"segment"`
 	// MaxBytes ends a Durable leg early, when so many bytes of records were
@@ -107,10 +109,9 @@ type Result struct {
 	Wrote  int64 `json:"wrote"`  // /proc/self/io write_bytes: pages made dirty, and direct writes
 	Device int64 `json:"device"` // sectors that the whole device wrote, in bytes; 0: unknown
 
-	Open     time.Duration `json:"open"`      // Read
-	OpenRSS  int64         `json:"open_rss"`  // VmRSS after Open
-	DrainRSS int64         `json:"drain_rss"` // VmRSS after the drain
-	OpenHeap int64         `json:"open_heap"` // RssAnon after Open: not backed by a file
+	Open time.Duration `json:"open"` // Read
+	RSS  int64         `json:"rss"`  // Read: resident memory after open and drain
+	Anon int64         `json:"anon"` // the part of it that no file backs
 }
 
 // Main is a program that measures one leg: opens maps sides to logs.
@@ -333,12 +334,9 @@ func read(s Spec, open Open) (_ Result, err error) {
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	res.Open = time.Since(begin)
-	if res.OpenRSS, res.OpenHeap, err = resident(); err != nil {
-		return Result{}, err
-	}
 	d, ok := log.(Drainer)
 	if !ok {
-		return res, nil
+		return Result{}, errors.New("it cannot be read")
 	}
 	sum := byte(0)
 	fn := func(p []byte) {
@@ -363,7 +361,7 @@ func read(s Spec, open Open) (_ Result, err error) {
 		res.perRecord(before, after)
 	}
 	runtime.KeepAlive(sum)
-	res.DrainRSS, _, err = resident()
+	res.RSS, res.Anon, err = resident()
 	return res, err
 }
 
