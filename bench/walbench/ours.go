@@ -94,7 +94,10 @@ func (w *ours) Drain(fn func([]byte)) error {
 	return nil
 }
 
-func (w *ours) Syncs() uint64 { return w.log.Stats().Syncs }
+func (w *ours) Syncs() (uint64, time.Duration) {
+	s := w.log.Stats()
+	return s.Syncs, s.SyncTime
+}
 
 func (w *ours) Close() error {
 	w.stop()

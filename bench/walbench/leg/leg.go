@@ -43,9 +43,9 @@ type Drainer interface {
 	Drain(fn func(p []byte)) error
 }
 
-// A Syncer counts the syncs that made records durable.
+// A Syncer counts the syncs that made records durable, and the time they took.
 type Syncer interface {
-	Syncs() uint64
+	Syncs() (n uint64, took time.Duration)
 }
 
 // Open opens or makes the log in dir.
@@ -105,7 +105,9 @@ type Result struct {
 	Allocs float64 `json:"allocs"` // per record, of the whole process; in Read of the drain
 	Heap   float64 `json:"heap"`   // bytes allocated per record
 
-	Syncs  int64 `json:"syncs"`  // 0: the log does not count them
+	Syncs    int64         `json:"syncs"` // 0: the log does not count them
+	SyncTime time.Duration `json:"sync_time"`
+
 	Wrote  int64 `json:"wrote"`  // /proc/self/io write_bytes: pages made dirty, and direct writes
 	Device int64 `json:"device"` // sectors that the whole device wrote, in bytes; 0: unknown
 
@@ -374,13 +376,15 @@ type measurement struct {
 	dev    string
 	syncs  uint64
 	err    error
+
+	syncTime time.Duration
 }
 
 func begin(dir string, log Log) *measurement {
 	m := &measurement{}
 	m.dev, m.err = deviceOf(dir)
 	if l, ok := log.(Syncer); ok {
-		m.syncs = l.Syncs()
+		m.syncs, m.syncTime = l.Syncs()
 	}
 	var err error
 	m.wrote, err = written()
@@ -406,7 +410,8 @@ func (m *measurement) end(log Log, records int64) (Result, error) {
 	res.Wrote = wrote - m.wrote
 	res.Device = sectors(m.dev) - m.device
 	if l, ok := log.(Syncer); ok {
-		res.Syncs = int64(l.Syncs() - m.syncs)
+		n, took := l.Syncs()
+		res.Syncs, res.SyncTime = int64(n-m.syncs), took-m.syncTime
 	}
 	return res, nil
 }
