@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 case ${1:-} in
 quick)
-	tool=(-reps 5 -duration 1s -warmup 200ms)
+	tool=(-reps 5 -duration 800ms -warmup 200ms)
 	wal=(-quick -reps 5 -duration 200ms -warmup 60ms)
 	;;
 full)
