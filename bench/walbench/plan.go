@@ -120,12 +120,12 @@ func full() (out []block) {
 		out = append(out, block{kind: kindNoWait, size: size, records: 100_000, sides: all(sides(false, buffered...))})
 	}
 	for _, size := range []int{300, 1024} {
-		out = append(out, block{kind: kindDrain, size: size, records: 256 << 20 / size, sides: all(sides(false, batchable...))},
+		out = append(out, block{kind: kindDrain, size: size, records: 128 << 20 / size, sides: all(sides(false, batchable...))},
 			block{kind: kindFrame, size: size, records: 64 << 20 / size, sides: all(sides(false, nameMarshal))})
 	}
 	return append(out,
 		block{kind: kindOpen, size: 1024, records: 128 << 10, sides: all()},
-		block{kind: kindOpen, size: 1024, records: 1 << 20, sides: all(sides(false, nameTidwall, "hashicorp/raft-wal"))})
+		block{kind: kindOpen, size: 1024, records: 1 << 20, sides: all(sides(false, nameTidwall))})
 }
 
 // quick asks what the targets are about.

@@ -286,7 +286,7 @@ How to read this:
 - **append without waiting** reads the clock once for each append, %s ns of p50 and p99 here; the mean has none of that. Ours is in memory that survives the process; pebble's is in its heap until it is flushed.
 - **drain** reads the whole log once it is warm. tidwall/wal, bbolt and SQLite check no record; etcd reads all of it into memory first.
 - **drain to OTLP requests** reads, checks and frames OTLP records; nothing is sent. proto.Marshal encodes the same records from messages that are already built, in requests of the same size.
-- **open** of ours follows a process that ended without closing, and checks every record. tidwall/wal and raft-wal were closed, and read the last segment.
+- **open** of ours follows a process that ended without closing, and checks every record. tidwall/wal was closed, and reads its last segment.
 - **written to the device** is the whole device's counter: nothing else may write to it meanwhile.
 - **allocations** are those of the whole process divided by its records; under one in twenty they count as none.
 `, r.clock())

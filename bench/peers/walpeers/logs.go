@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"sync"
 
@@ -196,7 +197,12 @@ func (e *etcd) Drain(fn func([]byte)) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, l.Close()) }()
+	defer func() {
+		// It closes its directory, which a log opened for reading has none of.
+		if closeErr := l.Close(); !errors.Is(closeErr, os.ErrInvalid) {
+			err = errors.Join(err, closeErr)
+		}
+	}()
 	_, _, entries, err := l.ReadAll()
 	for _, x := range entries {
 		fn(x.Data)
