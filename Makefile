@@ -66,7 +66,7 @@ fuzz: ## Run every fuzz target for FUZZTIME
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh $(PKG)
 
 .PHONY: bench
-bench: build ## Measure beside peers (about 10 min); writes bench/results/
+bench: build ## Measure beside peers (about 30 min); writes bench/results/
 	@scripts/bench.sh full
 
 .PHONY: bench-quick

@@ -6,8 +6,14 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 case ${1:-} in
-quick) flags=(-reps 5 -duration 1s -warmup 300ms) ;;
-full) flags=(-reps 9 -duration 5s -warmup 1s) ;;
+quick)
+	tool=(-reps 5 -duration 800ms -warmup 200ms)
+	wal=(-quick -reps 5 -duration 200ms -warmup 60ms)
+	;;
+full)
+	tool=(-reps 9 -duration 5s -warmup 1s)
+	wal=(-reps 5 -duration 1s -warmup 200ms)
+	;;
 *) die "want quick or full" ;;
 esac
 
@@ -25,5 +31,15 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bin/autonomy policy build examples/quickstart/policy --version 1.0.0 --out "$work/policy.tar.gz"
-CGO_ENABLED=0 go build -o "$work/toolbench" ./bench/toolbench
-"$work/toolbench" -opa "$opa" -bundle "$work/policy.tar.gz" "${flags[@]}"
+say peers "building the write-ahead logs to compare with (about 1 min the first time)"
+export CGO_ENABLED=0
+go -C bench/peers build -o "$work/walpeers" ./walpeers
+go build -o "$work/" ./bench/toolbench ./bench/walbench
+
+# Both or none: a page with one new half would compare two runs.
+out=$work/results
+"$work/toolbench" -opa "$opa" -bundle "$work/policy.tar.gz" -out "$out" "${tool[@]}"
+"$work/walbench" -peers "$work/walpeers" -version "$(scripts/version.sh)" -out "$out" "${wal[@]}"
+mkdir -p bench/results
+cp "$out/latest.json" "$out/latest.md" bench/results/
+say results "bench/results/latest.md"

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/autonomyops/autonomy/bench/internal/results"
 )
 
 // A leg is what one side did in one repetition at one number of connections.
@@ -80,20 +82,14 @@ func load(ctx context.Context, srv *server, request []byte, expect string, conns
 	slices.Sort(all)
 	return leg{
 		rate:  float64(len(all)) / took.Seconds(),
-		p50:   micros(percentile(all, 50)),
-		p99:   micros(percentile(all, 99)),
+		p50:   micros(results.Percentile(all, 50)),
+		p99:   micros(results.Percentile(all, 99)),
 		cpu:   micros(after-before) / float64(len(all)),
 		calls: len(all),
 	}, nil
 }
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
-
-// percentile is the smallest value that p percent of sorted do not exceed.
-func percentile(sorted []time.Duration, p int) time.Duration {
-	i := (len(sorted)*p + 99) / 100
-	return sorted[max(i, 1)-1]
-}
 
 // A client is one connection. It speaks just enough HTTP/1.1 to read the answers
 // of the servers here: a general client would use more CPU than they do.

@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
@@ -35,6 +36,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/autonomyops/autonomy/bench/internal/results"
 )
 
 type options struct {
@@ -110,7 +113,11 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	defer os.RemoveAll(work)
-	m, err := describe(work, o.node)
+	version, err := exec.CommandContext(ctx, o.node, "--version").Output()
+	if err != nil {
+		return fmt.Errorf("%s --version: %w (run: make build)", o.node, err)
+	}
+	m, err := results.Describe(work, strings.TrimSpace(string(version)))
 	if err != nil {
 		return err
 	}
@@ -120,7 +127,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	r := results{options: o, machine: m}
+	r := report{options: o, machine: m}
 	begin := time.Now()
 	for rep := range o.reps {
 		for _, conns := range o.conns {

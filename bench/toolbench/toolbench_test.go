@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/autonomyops/autonomy/bench/internal/results"
 )
 
 // TestMain makes the test binary its own peers: it is started as the node, as
@@ -115,7 +117,7 @@ func TestRun(t *testing.T) {
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
-	var rows []row
+	var rows []results.Row
 	if err := dec.Decode(&rows); err != nil {
 		t.Fatal(err)
 	}
@@ -242,26 +244,6 @@ func TestAnswers(t *testing.T) {
 				t.Errorf("got  %v\nwant %s", err, tt.want)
 			}
 		})
-	}
-}
-
-func TestStatistics(t *testing.T) {
-	sorted := []time.Duration{10, 20, 30, 40}
-	for p, want := range map[int]time.Duration{1: 10, 25: 10, 26: 20, 50: 20, 75: 30, 99: 40, 100: 40} {
-		if got := percentile(sorted, p); got != want {
-			t.Errorf("percentile %d = %d, want %d", p, got, want)
-		}
-	}
-	if got := median([]float64{9, 1, 5}); got != 5 {
-		t.Errorf("median of three = %v", got)
-	}
-	if got := median([]float64{9, 1, 5, 7}); got != 6 {
-		t.Errorf("median of four = %v", got)
-	}
-	for in, want := range map[float64]float64{123456: 123500, 0.0123456: 0.01235, 0: 0, -12.3456: -12.35} {
-		if got := round(in); got != want {
-			t.Errorf("round(%v) = %v, want %v", in, got, want)
-		}
 	}
 }
 

@@ -1,10 +1,9 @@
-package main
+package results
 
 import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -14,33 +13,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A machine is what a reader must know to compare figures.
-type machine struct {
+// A Machine is what a reader must know to compare figures.
+type Machine struct {
 	cpu, kernel, fs, goVersion, version string
 	cores                               int
 	memory                              uint64 // bytes
 	sync                                time.Duration
+	load                                float64 // runnable tasks over the last minute, when it was looked at
 }
 
-func (m machine) lines() []string {
+func (m Machine) lines() []string {
 	return []string{
 		fmt.Sprintf("%s, %d cores, %.0f GiB", m.cpu, m.cores, float64(m.memory)/(1<<30)),
 		fmt.Sprintf("Linux %s, %s; 4 KiB append and fdatasync: %v", m.kernel, m.fs, m.sync.Round(time.Microsecond)),
 		fmt.Sprintf("%s; %s", m.goVersion, m.version),
+		fmt.Sprintf("load average before the run: %.2f", m.load),
 	}
 }
 
-func (m machine) String() string   { return strings.Join(m.lines(), "\n") }
-func (m machine) markdown() string { return "- " + strings.Join(m.lines(), "\n- ") }
+// String is the description for a terminal, one fact per line.
+func (m Machine) String() string { return strings.Join(m.lines(), "\n") }
 
-// describe looks at this machine, at the file system of dir and at the node.
-func describe(dir, node string) (machine, error) {
-	m := machine{cpu: "unknown CPU", cores: runtime.NumCPU(), goVersion: runtime.Version() + " " + runtime.GOARCH}
-	v, err := exec.Command(node, "--version").Output()
-	if err != nil {
-		return m, fmt.Errorf("%s --version: %w (run: make build)", node, err)
-	}
-	m.version = fmt.Sprintf("%s; %s", strings.TrimSpace(string(v)), time.Now().UTC().Format(time.DateOnly))
+// Markdown is the same as a list.
+func (m Machine) Markdown() string { return "- " + strings.Join(m.lines(), "\n- ") }
+
+// Describe looks at this machine and at the file system of dir; version names
+// what is measured.
+func Describe(dir, version string) (Machine, error) {
+	m := Machine{cpu: "unknown CPU", cores: runtime.NumCPU(), goVersion: runtime.Version() + " " + runtime.GOARCH}
+	m.version = fmt.Sprintf("%s; %s", version, time.Now().UTC().Format(time.DateOnly))
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
 		return m, err
@@ -64,6 +65,7 @@ func describe(dir, node string) (machine, error) {
 		unix.TMPFS_MAGIC: "tmpfs (memory: nothing here is durable)", unix.OVERLAYFS_SUPER_MAGIC: "overlayfs"}[int64(fs.Type)]; ok {
 		m.fs = name
 	}
+	m.load = float64(sys.Loads[0]) / (1 << 16)
 	m.sync, err = syncTime(dir)
 	return m, err
 }
@@ -88,5 +90,5 @@ func syncTime(dir string) (_ time.Duration, err error) {
 		took = append(took, time.Since(begin))
 	}
 	slices.Sort(took)
-	return percentile(took, 50), nil
+	return Percentile(took, 50), nil
 }

@@ -1,0 +1,1 @@
+../../walbench/leg/leg.go
