@@ -93,7 +93,7 @@ var rules = []rule{
 	{
 		name:   "test-code-in-tests",
 		reason: "helpers that kill processes and keep modules alive do not belong in a program",
-		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "internal/oci/ocitest", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/archtest", module+"/internal/deps", module+"/internal/oci/ocitest", module+"/verify/verifytest", module+"/cp/store/storetest"),
+		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "internal/oci/ocitest", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/archtest", module+"/internal/oci/ocitest", module+"/verify/verifytest", module+"/cp/store/storetest"),
 	},
 	{
 		name:   "words",
@@ -240,13 +240,11 @@ func noImport(dirs []string, banned ...string) func(*tree) []fault {
 	}
 }
 
-// onlyUnder allows packages, and all below them, to those under dirs. Package
-// internal/deps is exempt: it is imported by nothing and keeps modules in
-// go.mod until their first user is written.
+// onlyUnder allows packages, and all below them, to those under dirs.
 func onlyUnder(dirs []string, pkgs ...string) func(*tree) []fault {
 	return func(t *tree) (out []fault) {
 		for _, f := range t.files {
-			if underAny(f.path, dirs) || f.dir == "internal/deps" {
+			if underAny(f.path, dirs) {
 				continue
 			}
 			for _, i := range f.imports {
