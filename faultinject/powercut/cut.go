@@ -69,11 +69,11 @@ type Mode uint8
 
 // The modes of a Cut.
 const (
-	DropAll  Mode = iota // none arrived
-	Prefix               // those before some place arrived, the later ones did not
-	Subset               // some arrived, others did not, whatever their order
-	Torn                 // pieces of some arrived
-	KeepAll              // all arrived
+	DropAll Mode = iota // none arrived
+	Prefix              // those before some place arrived, the later ones did not
+	Subset              // some arrived, others did not, whatever their order
+	Torn                // pieces of some arrived
+	KeepAll             // all arrived
 	numModes
 )
 
@@ -105,6 +105,17 @@ func Cuts(seed uint64, from, to, n int) []Cut {
 		out[i] = Cut{At: a + rng.IntN(max(1, b-a)), Mode: Mode(i) % numModes, Seed: rng.Uint64()}
 	}
 	return out
+}
+
+// LastMoment is the next place at or after at where a flush has been worked on
+// and not answered: nowhere is more at stake. Where none comes it is at.
+func (r *Recording) LastMoment(at int) int {
+	for i := at; i < len(r.Events); i++ {
+		if r.Events[i].Kind == FlushEnd {
+			return i
+		}
+	}
+	return at
 }
 
 // split tells the writes that are durable after the first at events from those

@@ -201,6 +201,15 @@ func TestCuts(t *testing.T) {
 	}
 }
 
+func TestLastMoment(t *testing.T) {
+	r := record(t, "w1@0 e1 f1 d1 w2@3 f2 e2 d2 w3@1")
+	for at, want := range []int{3, 3, 3, 3, 7, 7, 7, 7, 8, 9} {
+		if got := r.LastMoment(at); got != want {
+			t.Errorf("from %d: %d, want %d", at, got, want)
+		}
+	}
+}
+
 func TestSaveLoad(t *testing.T) {
 	r := record(t, "w1@0 e1 f1 d1 w2@3")
 	r.Base.write(bytes.Repeat([]byte{9}, Atom), 5*Atom)
