@@ -86,9 +86,15 @@ func (m *Mount) Unmount() error {
 	return os.Remove(m.Dir)
 }
 
-// Mount mounts a copy of the image; the image does not change. The copy is in
-// memory and goes with the mount.
-func (m *Image) Mount(fstype, options string) (*Mount, error) {
+// A Device holds a copy of an Image in memory, until Close.
+type Device struct {
+	Path string
+	loop *os.File
+}
+
+// Attach makes a device that holds a copy of the image; the image does not
+// change.
+func (m *Image) Attach() (*Device, error) {
 	f, err := memfd("powercut-image", 0)
 	if err != nil {
 		return nil, err
@@ -101,8 +107,20 @@ func (m *Image) Mount(fstype, options string) (*Mount, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer dev.Close()
-	return MountDevice(dev.Name(), fstype, options)
+	return &Device{dev.Name(), dev}, nil
+}
+
+// Close gives the device up. It goes when it is not mounted any more.
+func (d *Device) Close() error { return d.loop.Close() }
+
+// Mount mounts a copy of the image, which goes with the mount.
+func (m *Image) Mount(fstype, options string) (*Mount, error) {
+	d, err := m.Attach()
+	if err != nil {
+		return nil, err
+	}
+	mnt, err := MountDevice(d.Path, fstype, options)
+	return mnt, errors.Join(err, d.Close())
 }
 
 // FileSystems are the ones that Mkfs makes.

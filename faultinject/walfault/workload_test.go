@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -57,6 +58,7 @@ type work struct {
 	Lives    int  // the log is closed between them, and not after the last
 	AckEarly bool // the fault of the control: acknowledge before the sync
 	Tolerate bool // ErrFailed is expected: such a record counts as not acknowledged
+	Plain    bool // one writer that waits for every 50th record and prints its number
 }
 
 // sizes of the log: small, so that slots are used again soon.
@@ -74,6 +76,7 @@ type notes struct {
 	Moved     []cursor
 
 	Told      int // ErrFailed was returned
+	Unmoved   int // a cursor could not be moved
 	Rotations uint64
 	Failovers uint64
 	Failed    string // the log failed for good
@@ -111,8 +114,11 @@ func child(spec string) error {
 	if err := json.Unmarshal([]byte(spec), &r.work); err != nil {
 		return err
 	}
-	clock := powercut.NewClock(os.NewFile(3, "clock"))
-	out := os.NewFile(4, "notes")
+	in, out := os.NewFile(3, "clock or start"), os.NewFile(4, "notes")
+	if r.Plain {
+		return r.plain(in, out)
+	}
+	clock := powercut.NewClock(in)
 	r.now = func() int {
 		n, err := clock.Now()
 		if err != nil {
@@ -124,6 +130,42 @@ func child(spec string) error {
 		return err
 	}
 	return errors.Join(gob.NewEncoder(out).Encode(r.n), out.Close())
+}
+
+// plain says that the log is open by printing 0, and goes on when start is closed.
+func (r *run) plain(start, out *os.File) error {
+	l, _, err := wal.Open(r.Dir, logOptions)
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(out, 0); err != nil {
+		return err
+	}
+	if _, err := io.ReadAll(start); err != nil {
+		return err
+	}
+	for range r.Records {
+		res, err := l.Reserve(wal.ClassAction, 1000)
+		if err != nil {
+			return err
+		}
+		if err := put(res, r.Seed); err != nil {
+			return err
+		}
+		if res.Seq%50 > 0 {
+			continue
+		}
+		if err := l.WaitDurable(context.Background(), res.Seq); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintln(out, res.Seq); err != nil {
+			return err
+		}
+		if err := l.AdvanceAll(res.Seq); err != nil {
+			return err
+		}
+	}
+	return l.Close()
 }
 
 // startWork runs the workload in a process and returns its notes.
@@ -242,6 +284,35 @@ func (r *run) live(l *wal.Log, seed uint64) error {
 	return errors.Join(all...)
 }
 
+func (r *run) note(seq uint64, a appended) {
+	r.mu.Lock()
+	r.n.Appended[seq] = a
+	r.mu.Unlock()
+}
+
+// put encodes and publishes a record. A page that the disk cannot give is a
+// panic here, as Reservation says; the record is aborted then.
+func put(res wal.Reservation, seed uint64) (err error) {
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		fault, ok := p.(interface {
+			error
+			Addr() uintptr
+		})
+		if !ok {
+			panic(p)
+		}
+		res.Abort()
+		err = fmt.Errorf("record %d: %w", res.Seq, fault)
+	}()
+	fill(res.Buf, seed, res.Seq)
+	res.Commit()
+	return nil
+}
+
 func (r *run) acked(seq uint64) {
 	if seq == 0 {
 		return
@@ -313,14 +384,15 @@ func (r *run) writer(ctx context.Context, l *wal.Log, rng *rand.Rand, wait bool,
 		if err != nil {
 			return err
 		}
-		r.mu.Lock()
-		r.n.Appended[res.Seq] = appended{class, n, void}
-		r.mu.Unlock()
+		r.note(res.Seq, appended{class, n, void})
 		if void {
 			res.Abort()
-		} else {
-			fill(res.Buf, r.Seed, res.Seq)
-			res.Commit()
+		} else if err := put(res, r.Seed); err != nil {
+			r.note(res.Seq, appended{class, n, true})
+			if !r.Tolerate {
+				return err
+			}
+			continue
 		}
 		switch {
 		case r.AckEarly:
@@ -377,6 +449,7 @@ func (r *run) consumer(ctx context.Context, l *wal.Log, rng *rand.Rand, done cha
 			r.mu.Unlock()
 			err := l.Advance(c, last)
 			if err != nil && r.Tolerate {
+				r.n.Unmoved++ // only the consumer writes it
 				continue
 			}
 			if err != nil {
