@@ -359,7 +359,7 @@ func onFullBtrfs(t *testing.T, m *powercut.Mount, snapshot bool) {
 	}
 	defer begin.Close()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), fmt.Sprintf(`%s={"Dir":%q,"Seed":1,"Records":1000,"Plain":true,"Tolerate":true}`, childEnv, dir))
+	cmd.Env = append(os.Environ(), fmt.Sprintf(`%s={"Dir":%q,"Filler":%q,"Seed":1,"Records":1000,"Tolerate":true}`, childEnv, dir, filler))
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{start, wr} // in the place of the clock what it waits for
 	err = errors.Join(cmd.Start(), wr.Close(), start.Close())
@@ -381,9 +381,6 @@ func onFullBtrfs(t *testing.T, m *powercut.Mount, snapshot bool) {
 		}
 		if snapshot {
 			btrfs("subvolume", "snapshot", "-r", sub, snap)
-		}
-		if err := fillDisk(filler); err != nil {
-			t.Error(err)
 		}
 		stalled = time.AfterFunc(3*time.Second, func() { _ = cmd.Process.Kill() })
 		if err := begin.Close(); err != nil {

@@ -54,11 +54,11 @@ func fill(b []byte, seed, seq uint64) {
 type work struct {
 	Dir      string
 	Seed     uint64
-	Records  int  // in each of its lives
-	Lives    int  // the log is closed between them, and not after the last
-	AckEarly bool // the fault of the control: acknowledge before the sync
-	Tolerate bool // ErrFailed is expected: such a record counts as not acknowledged
-	Plain    bool // one writer that waits for every 100th record and prints its number
+	Records  int    // in each of its lives
+	Lives    int    // the log is closed between them, and not after the last
+	AckEarly bool   // the fault of the control: acknowledge before the sync
+	Tolerate bool   // ErrFailed is expected: such a record counts as not acknowledged
+	Filler   string // not empty: fill the disk with it, then one writer that waits for every 100th record and prints its number
 }
 
 // sizes of the log: small, so that slots are used again soon.
@@ -115,7 +115,7 @@ func child(spec string) error {
 		return err
 	}
 	in, out := os.NewFile(3, "clock or start"), os.NewFile(4, "notes")
-	if r.Plain {
+	if r.Filler != "" {
 		return r.plain(in, out)
 	}
 	clock := powercut.NewClock(in)
@@ -142,6 +142,9 @@ func (r *run) plain(start, out *os.File) error {
 		return err
 	}
 	if _, err := io.ReadAll(start); err != nil {
+		return err
+	}
+	if err := fillDisk(r.Filler); err != nil {
 		return err
 	}
 	for range r.Records {
