@@ -379,6 +379,12 @@ func (r *run) writer(ctx context.Context, l *wal.Log, rng *rand.Rand, wait bool,
 				return fmt.Errorf("%w: %w", ctx.Err(), err)
 			case <-time.After(time.Millisecond):
 			}
+			r.mu.Lock()
+			stuck := r.n.Unmoved > 0 // the consumer may not come back to it
+			r.mu.Unlock()
+			if stuck {
+				return nil
+			}
 			res, err = l.Reserve(class, n)
 		}
 		if r.Tolerate && errors.Is(err, wal.ErrFailed) {
@@ -427,9 +433,17 @@ func (r *run) consumer(ctx context.Context, l *wal.Log, rng *rand.Rand, done cha
 	defer cancel()
 	go func() { <-done; cancel() }()
 	rd := l.Reader(l.Stats().OldestSeq)
+	var last uint64
 	for {
-		b, err := rd.Next(ctx, 1+rng.IntN(64), 64<<10)
-		if err != nil {
+		next, stop := context.WithTimeout(ctx, 5*time.Millisecond)
+		b, err := rd.Next(next, 1+rng.IntN(64), 64<<10)
+		stop()
+		idle := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
+		switch {
+		case err == nil:
+			last = b.Records[len(b.Records)-1].Seq
+			b.Release()
+		case !idle:
 			select {
 			case <-done:
 				return nil
@@ -439,12 +453,12 @@ func (r *run) consumer(ctx context.Context, l *wal.Log, rng *rand.Rand, done cha
 				return nil
 			}
 			return err
+		case last == 0:
+			continue
 		}
-		last := b.Records[len(b.Records)-1].Seq
-		b.Release()
 		for c := range wal.NumClasses {
-			if rng.IntN(3) == 0 {
-				continue // this class stays behind
+			if !idle && rng.IntN(3) == 0 {
+				continue // this class stays behind, until there is nothing else to do
 			}
 			now := r.now()
 			r.mu.Lock()
@@ -452,7 +466,9 @@ func (r *run) consumer(ctx context.Context, l *wal.Log, rng *rand.Rand, done cha
 			r.mu.Unlock()
 			err := l.Advance(c, last)
 			if err != nil && r.Tolerate {
-				r.n.Unmoved++ // only the consumer writes it
+				r.mu.Lock()
+				r.n.Unmoved++
+				r.mu.Unlock()
 				continue
 			}
 			if err != nil {
