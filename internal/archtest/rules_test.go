@@ -91,6 +91,11 @@ var rules = []rule{
 		check:  onlyUnder([]string{"assurance"}, "github.com/cilium/ebpf"),
 	},
 	{
+		name:   "fuse-in-faultinject",
+		reason: "a file system served from a program is a disk to break, never one to keep state on",
+		check:  onlyUnder([]string{"faultinject"}, "github.com/hanwen/go-fuse"),
+	},
+	{
 		name:   "test-code-in-tests",
 		reason: "helpers that kill processes and keep modules alive do not belong in a program",
 		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "internal/oci/ocitest", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/archtest", module+"/internal/oci/ocitest", module+"/verify/verifytest", module+"/cp/store/storetest"),
