@@ -2,7 +2,7 @@
 # Gets what the tests need beyond Go, one line per step. Idempotent, and silent
 # on the network when everything is there.
 #
-#	setup-test.sh           a C compiler, an OCI registry, an OpenTelemetry Collector
+#	setup-test.sh           a C compiler, file systems, an OCI registry, an OpenTelemetry Collector
 #	setup-test.sh cosign    cosign, for the test that lets it verify our signatures
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,6 +33,25 @@ compiler() {
 	say gcc "installing gcc and libc6-dev"
 	apt_install gcc libc6-dev
 	works || die "gcc is installed but compiles nothing: try: echo 'int main(void){}' | gcc -x c -"
+}
+
+# The power-cut rig makes small ext4, xfs and btrfs images and mounts them, which
+# takes root; without root its tests say that they skip.
+filesystems() {
+	local tool package missing=()
+	if [ "$(id -u)" != 0 ]; then
+		say filesystems "not root: tests that mount images are skipped"
+		return
+	fi
+	PATH=$PATH:/usr/sbin:/sbin
+	for tool in mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mount:mount losetup:mount; do
+		command -v "${tool%:*}" >/dev/null || missing+=("${tool#*:}")
+	done
+	if [ ${#missing[@]} -gt 0 ]; then
+		say filesystems "installing ${missing[*]}"
+		apt_install "${missing[@]}"
+	fi
+	say filesystems "ext4, xfs, btrfs"
 }
 
 # The package is unpacked, not installed: installing starts a registry as a
@@ -97,6 +116,7 @@ cosign() {
 case ${1:-} in
 "")
 	compiler
+	filesystems
 	registry
 	collector
 	;;
