@@ -1,13 +1,26 @@
 package wal
 
 import (
-	"context"
+	"errors"
 	"fmt"
 )
 
 // recover reads the whole log, decides where it ends, and makes the log ready
 // to take records there. README.md argues why that is right.
 func (l *Log) recover(rec *Recovery) error {
+	err := l.recoverOnce(rec)
+	if errors.Is(err, ErrDamaged) {
+		// Judge the disk, not a page that was cached beside a direct write.
+		for _, s := range l.slots {
+			dropCache(s.file, s.m)
+		}
+		l.live = l.live[:0]
+		err = l.recoverOnce(rec)
+	}
+	return err
+}
+
+func (l *Log) recoverOnce(rec *Recovery) error {
 	var segs []*found
 	for _, s := range l.slots {
 		var x *found
@@ -33,6 +46,11 @@ func (l *Log) recover(rec *Recovery) error {
 	}
 	var voids uint64
 	newest := segs[len(segs)-1]
+	dropCache(l.slots[newest.slot].file, newest.m)
+	replayed, err := l.takeReplay(newest)
+	if err != nil {
+		return err
+	}
 	if e := guard(func() { voids = salvage(newest) }); e != nil {
 		return newest.damage(0, 0, "the file cannot be read: %v", e)
 	}
@@ -72,7 +90,7 @@ func (l *Log) recover(rec *Recovery) error {
 	}
 	*rec = Recovery{
 		Records: w.records, LastSeq: lastSeq, Segments: len(segs), Uncommitted: t.uncommitted,
-		TornRecords: t.tornRecords, TornBytes: t.tornBytes, Salvaged: voids,
+		TornRecords: t.tornRecords, TornBytes: t.tornBytes, Salvaged: voids, Replayed: replayed,
 	}
 	if w.records > 0 {
 		rec.FirstSeq = segs[0].head.first
@@ -137,15 +155,16 @@ func (l *Log) begin() error {
 		return err
 	}
 	l.next = 1
-	seg, err := l.activate(s, 1, 1, pos{})
-	if err != nil {
+	seg, page := l.newLife(s, 1, 1, pos{})
+	if err := l.writeLive(s, page); err != nil {
 		return err
 	}
+	l.mark = pos{1, dataStart}
 	if err := l.o.sync(s.file); err != nil {
 		return err
 	}
 	l.confirmed = true // nothing to confirm
-	l.install(seg, newGroup(), dataStart)
+	l.install(seg, newGroup(), dataStart, nil)
 	return nil
 }
 
@@ -161,7 +180,7 @@ func (l *Log) resume(s *found, w *walk, t tail) error {
 	}
 	l.next, l.chain, l.mark, l.confirmed = w.next, w.chain, w.group, t.confirmed
 	l.durable.Store(w.next - 1 - w.count)
-	l.cur, l.tail = seg, t.end
+	l.cur, l.tail, l.ceil, l.soft, l.flushed = seg, t.end, l.slotBytes, l.slotBytes, w.group.off
 	clean := t.closed && t.marked == t.end && t.tornBytes == 0
 	if l.exhausted = !clean && len(seg.keys) > maxEpochs; !clean && !l.exhausted {
 		if err := l.addEpoch(seg, s.head.key, t.end); err != nil {
@@ -192,12 +211,4 @@ func (l *Log) addEpoch(seg *segment, segKey uint64, off int64) error {
 	seg.keys = append(seg.keys, e)
 	seg.key = e.key
 	return nil
-}
-
-// settle commits what recovery kept; the committer runs.
-func (l *Log) settle(rec Recovery) error {
-	if err := l.err(); err != nil {
-		return err
-	}
-	return l.WaitDurable(context.Background(), rec.LastSeq)
 }

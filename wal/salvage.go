@@ -39,7 +39,7 @@ func salvage(s *found) (voids uint64) {
 			}
 			n := int(size - frameHeader)
 			clear(s.m[off+frameHeader : off+size])
-			putFrame(s.m, keyAt(s.epochs, off), off, n, kindVoid|byte(ClassError), next)
+			putFrame(s.m[off:], keyAt(s.epochs, off), off, n, kindVoid|byte(ClassError), next)
 			off, next, voids = off+size, next+1, voids+1
 		}
 	}

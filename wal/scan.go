@@ -222,7 +222,7 @@ func (w *walk) beyond(s *found, off int64, t *tail) (again bool, err error) {
 		if seq+1 < w.next || seq > most {
 			continue // cheap: almost every place ends here
 		}
-		n := int64(uint32(loadWord(s.m, o)))
+		n := int64(uint32(loadWord(s.m[o:])))
 		if o == off && seq == w.next && n > 0 && n < end-o-frameHeader && validKind(byte(w1), n) {
 			last = o + frameSize(int(n)) // the record that was being written
 			t.tornRecords++
