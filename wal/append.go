@@ -51,12 +51,15 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	seg.note(seq, off)
 	g.count++
 	g.pending.Add(1)
-	kick := g.count == 1 // starts the clock of SyncInterval
-	if l.tail > l.soft && !l.pressed {
-		l.pressed, kick = true, true
+	clock, kick := g.count == 1 && !l.armed.Load(), l.tail > l.soft && !l.pressed
+	if kick {
+		l.pressed = true
 	}
 	b := l.bytes(seg, off, need)
 	l.mu.Unlock()
+	if clock && !l.armed.Swap(true) {
+		l.clock.Reset(l.o.SyncInterval)
+	}
 	if kick {
 		l.kickCommitter()
 	}

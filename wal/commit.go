@@ -14,14 +14,15 @@ import (
 // and moves durable.
 func (l *Log) commitLoop() {
 	defer l.ended.Done()
-	timer := time.NewTimer(time.Hour)
-	timer.Stop()
-	armed, due := false, false
+	defer l.clock.Stop()
+	due := false
+	var crowd uint64 // records of the last group: alone there is nobody to join
 	for {
 		select {
 		case <-l.kick:
-		case <-timer.C:
-			armed, due = false, true
+		case <-l.clock.C:
+			l.armed.Store(false) // before looking: a record that comes later starts it again
+			due = true
 		case <-l.stop:
 			l.finish()
 			return
@@ -40,17 +41,13 @@ func (l *Log) commitLoop() {
 			case rotating:
 				l.rotate()
 			case dirty && (due || pressed || g.wanted.Load()):
-				if !due && !pressed {
+				if !due && !pressed && crowd > 1 {
 					l.join()
 				}
-				l.commit(0)
-				timer.Stop()
-				armed, due = false, false
-			case dirty && !armed:
-				timer.Reset(l.o.SyncInterval)
-				armed, again = true, false
+				crowd = l.commit(0)
+				due = false
 			default:
-				again, due = false, due && dirty
+				again, due = false, false
 			}
 		}
 	}
@@ -71,8 +68,9 @@ func (l *Log) join() {
 	}
 }
 
-// commit closes the open group behind a marker and makes it durable.
-func (l *Log) commit(flags uint64) {
+// commit closes the open group behind a marker and makes it durable. It returns
+// how many records that were.
+func (l *Log) commit(flags uint64) (records uint64) {
 	fresh := newGroup()
 	l.mu.Lock()
 	seg, g, end := l.cur, l.open, l.tail
@@ -87,7 +85,7 @@ func (l *Log) commit(flags uint64) {
 	err := l.persist(seg, g, end, flags)
 	if err != nil {
 		l.failover(seg, g, err)
-		return
+		return g.count
 	}
 	l.settled(seg, end+markerFrame)
 	l.durable.Store(g.last)
@@ -96,6 +94,7 @@ func (l *Log) commit(flags uint64) {
 		l.top.Store(seg.id) // its header is durable from now on: so the one before it may go
 		l.kickPreparer()
 	}
+	return g.count
 }
 
 // settled records that everything in seg below off is on disk.

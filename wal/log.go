@@ -279,6 +279,12 @@ type Log struct {
 	hasher    *blake3.Hasher
 	bounce    []byte // one page, for the last of a direct write
 
+	// clock runs from the first record that nobody may be waiting for; it is not
+	// stopped when a waiter makes the committer faster, so that waiters pay for it
+	// once in SyncInterval only.
+	clock *time.Timer
+	armed atomic.Bool
+
 	stats  counters
 	kick   chan struct{} // to the committer, capacity 1
 	prep   chan struct{} // to the preparer, capacity 1
@@ -399,6 +405,8 @@ func Open(dir string, o Options) (*Log, Recovery, error) {
 	l := &Log{dir: dir, o: o, kick: make(chan struct{}, 1), prep: make(chan struct{}, 1), stop: make(chan struct{}),
 		hasher: blake3.New()}
 	l.moved.L = &l.mu
+	l.clock = time.NewTimer(time.Hour)
+	l.clock.Stop()
 	var rec Recovery
 	err := l.lockDir()
 	if err == nil {
