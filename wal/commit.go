@@ -16,6 +16,9 @@ func (l *Log) commitLoop() {
 	defer l.ended.Done()
 	defer l.clock.Stop()
 	due := false
+	idle, idling := time.NewTimer(time.Hour), false
+	idle.Stop()
+	defer idle.Stop()
 	var crowd uint64 // records of the last group: alone there is nobody to join
 	for {
 		select {
@@ -23,6 +26,11 @@ func (l *Log) commitLoop() {
 		case <-l.clock.C:
 			l.armed.Store(false) // before looking: a record that comes later starts it again
 			due = true
+		case <-idle.C:
+			idling = false
+			if l.signer.groups > 0 && l.err() == nil {
+				l.commitEmpty()
+			}
 		case <-l.stop:
 			l.finish()
 			return
@@ -46,6 +54,10 @@ func (l *Log) commitLoop() {
 				}
 				crowd = l.commit(0)
 				due = false
+				if l.signer != nil && l.signer.groups > 0 && !idling {
+					idle.Reset(l.o.CheckpointInterval) // in case nothing more comes
+					idling = true
+				}
 			default:
 				again, due = false, false
 			}
@@ -77,6 +89,9 @@ func (l *Log) commit(flags uint64) (records uint64) {
 	g.last = l.next - 1
 	l.tail += markerFrame
 	fresh.first, fresh.start = l.next, l.tail
+	if g.signed = l.checkpointDue(flags&markerClosed != 0); g.signed {
+		l.tail += checkpointFrame // of the next group's chain
+	}
 	l.closing, l.open = g, fresh
 	l.pressed, l.soft = false, l.tail+l.softBytes()
 	l.mu.Unlock()
@@ -95,6 +110,17 @@ func (l *Log) commit(flags uint64) (records uint64) {
 		l.kickPreparer()
 	}
 	return g.count
+}
+
+// commitEmpty commits what there is, maybe nothing, for the checkpoint behind it:
+// the last groups have none, and no more may come.
+func (l *Log) commitEmpty() {
+	l.mu.Lock()
+	room := !l.blocked && l.tail+tailRoom <= l.ceil
+	l.mu.Unlock()
+	if room {
+		l.commit(0)
+	}
 }
 
 // settled records that everything in seg below off is on disk.
@@ -136,11 +162,20 @@ func (l *Log) persist(seg *segment, g *group, end int64, flags uint64) error {
 	var chain [32]byte
 	if err := guard(func() {
 		chain = l.putMarker(l.bytes(seg, g.start, end+markerFrame-g.start), seg, g, end, flags)
+		if g.signed {
+			l.putCheckpoint(l.bytes(seg, end+markerFrame, checkpointFrame), seg, end+markerFrame, g.last, chain)
+		}
 	}); err != nil {
 		return err
 	}
 	begin := time.Now()
-	if err := l.flush(seg, g.start, end+markerFrame); err != nil {
+	to := end + markerFrame
+	if g.signed {
+		to += checkpointFrame
+	} else if l.signer != nil {
+		l.signer.groups++
+	}
+	if err := l.flush(seg, g.start, to); err != nil {
 		return err
 	}
 	l.counted(seg, g, end, chain, time.Since(begin))
@@ -239,15 +274,16 @@ func (l *Log) rotate() {
 		g := l.open // empty: it moves with the tail
 		old, first := l.cur, l.next
 		s.state = slotBusy
+		end := l.tail // after a checkpoint, if there is one
 		l.mu.Unlock()
-		seg, page := l.newLife(s, old.id+1, first, pos{old.id, g.start})
+		seg, page := l.newLife(s, old.id+1, first, pos{old.id, end})
 		err := l.writeLive(s, page)
 		l.mu.Lock()
 		if err != nil {
 			l.o.Logger.Error("write-ahead log: a slot cannot be written and is left out", "slot", s.index, "err", err)
 			s.state = slotBad
 		} else {
-			old.limit = g.start
+			old.limit = end
 			l.mark = pos{seg.id, dataStart}
 			l.install(seg, g, dataStart, nil)
 			l.stats.mu.Lock()
@@ -455,7 +491,7 @@ func carry(src []byte, key uint64, start int64, to *segment, dst []byte, g *grou
 				break
 			}
 			off += f.size
-			if f.marker() { // of the sync that failed
+			if f.control() { // of the sync that failed, or a checkpoint
 				ok = false
 			}
 		}
@@ -504,9 +540,10 @@ func (l *Log) finish() {
 		l.commit(0)
 	}
 	l.mu.Lock()
-	room := l.tail+markerFrame <= l.slotBytes
+	room := l.tail+markerFrame+checkpointFrame <= l.slotBytes
 	l.mu.Unlock()
-	if l.err() == nil && !l.confirmed && room {
+	unsigned := l.signer != nil && l.signer.groups > 0
+	if l.err() == nil && (!l.confirmed || unsigned) && room {
 		l.commit(markerClosed)
 	}
 }

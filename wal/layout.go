@@ -17,8 +17,8 @@ const (
 	markerFrame = frameHeader + markerSize
 
 	// tailRoom is kept free at the end of every segment: one marker for the
-	// group that fills it, one for Close.
-	tailRoom = 2 * markerFrame
+	// group that fills it, one for Close, each with a checkpoint.
+	tailRoom = 2 * (markerFrame + checkpointFrame)
 
 	epochStart = 512 // of the epoch table in a header copy
 	epochSize  = 24
@@ -232,9 +232,11 @@ type frame struct {
 	payload []byte // a view
 }
 
-func (f frame) marker() bool { return f.kind == kindMarker }
-func (f frame) void() bool   { return f.kind&kindVoid != 0 }
-func (f frame) class() Class { return Class(f.kind & kindClass) }
+// control tells markers and checkpoints from records.
+func (f frame) control() bool { return f.kind&kindMarker != 0 }
+func (f frame) marker() bool  { return f.kind == kindMarker }
+func (f frame) void() bool    { return f.kind&kindVoid != 0 }
+func (f frame) class() Class  { return Class(f.kind & kindClass) }
 
 // parseFrame reads the frame at off, of which nothing may reach beyond end.
 func parseFrame(m []byte, key uint64, off, end int64) (frame, bool) {
@@ -268,8 +270,11 @@ func parseAt(b []byte, key uint64, off int64) (frame, bool) {
 }
 
 func validKind(kind byte, n int64) bool {
-	if kind == kindMarker {
+	switch kind {
+	case kindMarker:
 		return n == markerSize
+	case kindCheckpoint:
+		return n == checkpointSize
 	}
 	return kind&^(kindClass|kindVoid) == 0 && Class(kind&kindClass) < NumClasses
 }

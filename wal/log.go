@@ -25,6 +25,7 @@ package wal
 
 import (
 	"context"
+	"crypto"
 	crand "crypto/rand"
 	"errors"
 	"fmt"
@@ -127,6 +128,13 @@ type Options struct {
 	RingBytes int64
 	// Watermark keeps slots until SetWatermark is past them, too.
 	Watermark bool
+	// Signer signs checkpoints of the chain; it must hold an Ed25519 key. One is
+	// written every CheckpointGroups groups, CheckpointInterval after the first
+	// group that has none, and by Close. Nil: none is written. Whoever commits
+	// waits for it.
+	Signer             crypto.Signer
+	CheckpointGroups   int
+	CheckpointInterval time.Duration
 	// Logger is told of recovery, failures and the ceiling. Nil: nobody is.
 	Logger *slog.Logger
 	// Progress is called while slots are written, with bytes done and in total.
@@ -178,6 +186,12 @@ func (o *Options) setDefaults() error {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	if o.CheckpointGroups == 0 {
+		o.CheckpointGroups = DefaultCheckpointGroups
+	}
+	if o.CheckpointInterval == 0 {
+		o.CheckpointInterval = DefaultCheckpointInterval
+	}
 	if o.RingBytes == 0 {
 		o.RingBytes = DefaultRingBytes
 	}
@@ -204,6 +218,9 @@ func (o *Options) setDefaults() error {
 	} else if o.MaxBytes/o.SegmentBytes > maxSlots {
 		faults = append(faults, fmt.Errorf("maximum of %d bytes makes more than %d segments of %d: choose larger segments",
 			o.MaxBytes, maxSlots, o.SegmentBytes))
+	}
+	if o.CheckpointGroups < 0 || o.CheckpointInterval < 0 {
+		faults = append(faults, fmt.Errorf("checkpoints every %d groups and %v, want more than 0", o.CheckpointGroups, o.CheckpointInterval))
 	}
 	if o.KeepFree < 0 {
 		faults = append(faults, fmt.Errorf("keep-free is %d bytes, want 0 or more", o.KeepFree))
@@ -277,7 +294,8 @@ type Log struct {
 	confirmed bool     // the last marker confirms the one before it
 	exhausted bool     // recovery found no room for another epoch in cur
 	hasher    *blake3.Hasher
-	bounce    []byte // one page, for the last of a direct write
+	signer    *signer // nil: no checkpoints
+	bounce    []byte  // one page, for the last of a direct write
 
 	// clock runs from the first record that nobody may be waiting for; it is not
 	// stopped when a waiter makes the committer faster, so that waiters pay for it
@@ -357,6 +375,7 @@ type group struct {
 	last    uint64 // its last; set when it closes
 	count   uint64 // guarded by Log.mu
 	pending atomic.Int64
+	signed  bool          // a checkpoint follows its marker; set when it closes
 	wanted  atomic.Bool   // somebody waits
 	fault   atomic.Bool   // a record could not be stored
 	drained chan struct{} // the last pending record was published
@@ -408,7 +427,13 @@ func Open(dir string, o Options) (*Log, Recovery, error) {
 	l.clock = time.NewTimer(time.Hour)
 	l.clock.Stop()
 	var rec Recovery
-	err := l.lockDir()
+	var err error
+	if o.Signer != nil {
+		l.signer, err = newSigner(o.Signer)
+	}
+	if err == nil {
+		err = l.lockDir()
+	}
 	if err == nil {
 		if err = l.provision(&rec); err == nil {
 			err = l.recover(&rec)

@@ -146,7 +146,7 @@ func (v view) record(off *int64, seq uint64) (frame, bool) {
 	end := v.base + int64(len(v.b))
 	for *off < end {
 		f, ok := parseAt(v.b[*off-v.base:], keyAt(v.seg.keys, *off), *off)
-		if !ok || !f.marker() && f.seq >= seq {
+		if !ok || !f.control() && f.seq >= seq {
 			return f, ok && f.seq == seq
 		}
 		*off += f.size
@@ -239,7 +239,7 @@ func (b *Batch) copyOut(src []byte) {
 		if size > len(rest) {
 			return // written over meanwhile: the batch is dropped
 		}
-		if w1 := le.Uint64(rest[8:]); byte(w1) != kindMarker && w1>>8 == b.Records[i].Seq {
+		if w1 := le.Uint64(rest[8:]); byte(w1)&kindMarker == 0 && w1>>8 == b.Records[i].Seq {
 			b.Records[i].Payload = rest[frameHeader : frameHeader+n : frameHeader+n]
 			i++
 		}

@@ -66,7 +66,7 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 		var err error
 		if e := guard(func() {
 			t, err = w.segment(s, next, func(f frame) error {
-				if !f.marker() {
+				if !f.control() {
 					seg.last[f.class()] = f.seq
 					seg.note(f.seq, f.off)
 				}

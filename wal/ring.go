@@ -452,14 +452,21 @@ func (l *Log) enterRing() (err error) {
 	if !same {
 		return fmt.Errorf("%s: a mapping does not show what was written directly", seg.file.Name())
 	}
+	// The next group starts at base: a checkpoint may stand between it and the
+	// tail.
+	base := l.open.start
+	if err := guard(func() {
+		low := base &^ (pageSize - 1)
+		copy(r.frame(low, l.tail-low), seg.m[low:l.tail])
+	}); err != nil {
+		return err
+	}
 	l.mu.Lock() // the preparer runs
 	defer l.mu.Unlock()
 	l.ring = r
-	r.low = l.tail &^ (pageSize - 1)
-	copy(r.frame(r.low, l.tail-r.low), l.bounce)
-	r.set(seg.id, seg.key, l.tail)
-	l.ceil = min(l.slotBytes, r.room(l.tail))
-	l.soft, l.flushed = l.tail+l.softBytes(), l.tail
+	r.low, l.flushed = base&^(pageSize-1), l.tail
+	r.set(seg.id, seg.key, base)
+	l.ceil, l.soft = min(l.slotBytes, r.room(base)), l.tail+l.softBytes()
 	l.maxPayload = min(l.maxPayload, int(r.size()/2-tailRoom-pageSize)-frameHeader)
 	return nil
 }

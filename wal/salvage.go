@@ -18,9 +18,9 @@ func salvage(s *found) (voids uint64) {
 	next := s.head.first
 	for off := int64(dataStart); off < end; {
 		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
-		if ok && (f.marker() || f.seq == next) {
+		if ok && (f.control() || f.seq == next) {
 			off += f.size
-			if !f.marker() {
+			if !f.control() {
 				next++
 			}
 			continue
@@ -59,7 +59,7 @@ func beyondHole(s *found, off int64, next uint64) (to int64, seq uint64) {
 		if !ok {
 			continue
 		}
-		if f.marker() {
+		if f.control() {
 			return 0, 0
 		}
 		if to == 0 && f.seq > next && int64(f.seq-next)*frameSize(1) <= o-off {

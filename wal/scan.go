@@ -1,6 +1,7 @@
 package wal
 
 import (
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"hash"
@@ -96,6 +97,11 @@ type walk struct {
 	records uint64
 	voids   uint64
 	h       *blake3.Hasher
+
+	keys        []ed25519.PublicKey // of checkpoints; none: signatures are not checked
+	checkpoints uint64
+	signedSeq   uint64 // last record below a checkpoint that a key has signed
+	signedAt    uint64 // unix nanoseconds of that
 }
 
 // pos is a place in the log. Places are ordered by segment, then offset.
@@ -147,7 +153,7 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 	}
 	for off := int64(dataStart); off < limit; {
 		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, limit)
-		if ok && !f.marker() && f.seq != w.next {
+		if ok && !f.control() && f.seq != w.next {
 			return t, s.damage(off, w.next, "the record has sequence %d, want %d", f.seq, w.next)
 		}
 		if !ok {
@@ -163,7 +169,14 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 			}
 			break
 		}
-		if f.marker() {
+		if f.kind == kindCheckpoint {
+			if err := w.checkpoint(s, f); err != nil {
+				return t, err
+			}
+			if t.marked == f.off {
+				t.marked = f.off + f.size
+			}
+		} else if f.marker() {
 			if err := w.marker(s, f); err != nil {
 				return t, err
 			}
@@ -233,6 +246,9 @@ func (w *walk) beyond(s *found, off int64, t *tail) (again bool, err error) {
 			continue
 		}
 		last = max(last, o+f.size)
+		if f.kind == kindCheckpoint {
+			continue
+		}
 		if !f.marker() {
 			t.tornRecords++
 			continue

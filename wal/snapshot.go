@@ -2,6 +2,7 @@ package wal
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,6 +25,7 @@ type Snapshot struct {
 	files []mapped
 	tail  tail
 	walk  *walk
+	keys  []ed25519.PublicKey
 }
 
 type mapped struct {
@@ -181,6 +183,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		return checkEmpty(s.meta)
 	}
 	w := newWalk(s.segs[0])
+	w.keys = s.keys
 	s.walk = w
 	for i, x := range s.segs {
 		var next *found
@@ -192,7 +195,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		var err error
 		fault := guard(func() {
 			s.tail, err = w.segment(x, next, func(f frame) error {
-				if f.marker() || len(group) == maxHeld {
+				if f.control() || len(group) == maxHeld {
 					if err := ctx.Err(); err != nil {
 						return err
 					}
@@ -203,7 +206,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 					}
 					group = group[:0]
 				}
-				if !f.marker() {
+				if !f.control() {
 					e := Entry{Record{f.seq, f.class(), f.void(), f.payload}, Position{x.head.id, f.off}, x.name}
 					if e.Void {
 						e.Payload = nil
@@ -237,6 +240,8 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 	}
 	return checkCursors(s.segs[0], w.next-1, s.meta)
 }
+
+const progressEvery = 1 << 14 // records
 
 // maxHeld bounds the records of one group that Records holds back until it has
 // seen their marker. A larger group is passed on before.
@@ -288,26 +293,58 @@ type Report struct {
 	TornRecords uint64 `json:"torn_records"`
 	TornBytes   int64  `json:"torn_bytes"`
 	Chain       string `json:"chain"` // head after the last marker: blake3:HEX
+	Checkpoints uint64 `json:"checkpoints"`
+	// SignedSeq is the last record below a checkpoint that one of the given keys
+	// has signed, SignedAt when that was; zero without keys.
+	SignedSeq uint64    `json:"signed_seq,omitempty"`
+	SignedAt  time.Time `json:"signed_at,omitzero"`
+}
+
+// VerifyOptions configure VerifyWith. Zero values ask for what Verify does.
+type VerifyOptions struct {
+	// Keys are the public keys that may have signed checkpoints. With keys a
+	// checkpoint that none of them has signed is damage, and a log without any
+	// checkpoint is ErrUnsigned.
+	Keys []ed25519.PublicKey
+	// Progress is called now and then with records read so far.
+	Progress func(records uint64)
 }
 
 // Verify reads everything in dir and checks it. On damage the error is a
 // *DamageError and the report counts what is whole before it.
 func Verify(ctx context.Context, dir string) (Report, error) {
+	return VerifyWith(ctx, dir, VerifyOptions{})
+}
+
+// VerifyWith is Verify with options. Errors: also ErrUnsigned.
+func VerifyWith(ctx context.Context, dir string, o VerifyOptions) (Report, error) {
 	s, err := OpenReadOnly(dir)
 	if err != nil {
 		return Report{}, err
 	}
 	defer s.Close()
+	s.keys = o.Keys
+	var n uint64
 	r := Report{ID: s.Info().ID, Segments: len(s.segs)}
 	var first uint64
 	err = s.scan(ctx, func(e Entry) bool {
 		if first == 0 {
 			first = e.Seq
 		}
+		if n++; o.Progress != nil && n%progressEvery == 0 {
+			o.Progress(n)
+		}
 		return true
 	})
 	w := s.walk
 	r.Records, r.Voids, r.Uncommitted = w.records, w.voids, w.count
+	r.Checkpoints, r.SignedSeq = w.checkpoints, w.signedSeq
+	if w.signedAt != 0 {
+		r.SignedAt = time.Unix(0, int64(w.signedAt)).UTC()
+	}
+	if err == nil && len(o.Keys) > 0 && w.signedAt == 0 {
+		err = fmt.Errorf("%w by any of the %d keys given: %d checkpoints", ErrUnsigned, len(o.Keys), w.checkpoints)
+	}
 	r.Chain = fmt.Sprintf("blake3:%x", w.chain)
 	r.TornRecords, r.TornBytes = s.tail.tornRecords, s.tail.tornBytes
 	if s.live {
