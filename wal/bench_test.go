@@ -209,3 +209,49 @@ func BenchmarkFloor(b *testing.B) {
 	b.ReportMetric(m[2]/m[0], "x-fdatasync")
 	b.ReportMetric(m[2]/m[1], "x-direct")
 }
+
+// BenchmarkOpen opens a log of 1 GiB that is in the page cache.
+func BenchmarkOpen(b *testing.B) {
+	dir := b.TempDir()
+	o := inMode(Options{SegmentBytes: 64 << 20, MaxBytes: 1 << 30})
+	l, _ := open(b, dir, o)
+	p := make([]byte, benchRecord)
+	for {
+		if _, err := l.Append(ClassDecision, p); err != nil {
+			break
+		}
+	}
+	if err := l.Sync(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	bytes := l.Stats().UsedBytes
+	if err := l.Close(); err != nil {
+		b.Fatal(err)
+	}
+	for _, full := range []bool{false, true} {
+		b.Run(fmt.Sprintf("verify=%v", full), func(b *testing.B) {
+			o.VerifyOnOpen = full
+			if l, _, err := Open(dir, o); err != nil { // warm
+				b.Fatal(err)
+			} else if err := l.Close(); err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(bytes)
+			var took time.Duration
+			b.ResetTimer()
+			for range b.N {
+				l, rec, err := Open(dir, o)
+				if err != nil {
+					b.Fatal(err)
+				}
+				took += rec.Duration
+				b.StopTimer()
+				if err := l.Close(); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(took.Milliseconds())/float64(b.N), "open-ms")
+		})
+	}
+}

@@ -265,6 +265,11 @@ func parseAt(b []byte, key uint64, off int64) (frame, bool) {
 	if checksum(b, key, off, int(n)) != uint32(word>>32) {
 		return frame{}, false
 	}
+	for _, c := range b[frameHeader+n : f.size] {
+		if c != 0 { // the padding, which the checksum leaves out
+			return frame{}, false
+		}
+	}
 	f.payload = b[frameHeader : frameHeader+n : frameHeader+n]
 	return f, true
 }
@@ -275,6 +280,8 @@ func validKind(kind byte, n int64) bool {
 		return n == markerSize
 	case kindCheckpoint:
 		return n == checkpointSize
+	case kindLoss:
+		return n == lossSize
 	}
 	return kind&^(kindClass|kindVoid) == 0 && Class(kind&kindClass) < NumClasses
 }

@@ -135,6 +135,10 @@ type Options struct {
 	Signer             crypto.Signer
 	CheckpointGroups   int
 	CheckpointInterval time.Duration
+	// VerifyOnOpen recomputes the whole chain in Open. Without it Open checks every
+	// checksum, every sequence number and that markers and headers fit together;
+	// Verify recomputes the chain at any time.
+	VerifyOnOpen bool
 	// Logger is told of recovery, failures and the ceiling. Nil: nobody is.
 	Logger *slog.Logger
 	// Progress is called while slots are written, with bytes done and in total.

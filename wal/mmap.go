@@ -155,9 +155,9 @@ func isFault(p any) bool {
 	return ok
 }
 
-// dropCache forgets the cached pages of f that are clean, so that what is read
-// next comes from the disk.
-func dropCache(f *os.File, m []byte) {
-	_ = unix.Madvise(m, unix.MADV_DONTNEED) // of a shared mapping: only its page table
-	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+// dropCache forgets those of n cached bytes of f at off that are clean, so that
+// what is read next comes from the disk. m maps f; off is that of a page.
+func dropCache(f *os.File, m []byte, off, n int64) {
+	_ = unix.Madvise(m[off:off+n], unix.MADV_DONTNEED) // of a shared mapping: only its page table
+	_ = unix.Fadvise(int(f.Fd()), off, n, unix.FADV_DONTNEED)
 }

@@ -13,6 +13,7 @@ import (
 type Record struct {
 	Seq     uint64
 	Class   Class
+	Lost    uint64 // Repair found that so many records from Seq on are gone; else 0. Void is set too
 	Void    bool   // aborted by its writer: the sequence number is used, Payload is nil
 	Payload []byte // in a Batch or Snapshot a view: valid until Release or Close
 }
@@ -146,6 +147,9 @@ func (v view) record(off *int64, seq uint64) (frame, bool) {
 	end := v.base + int64(len(v.b))
 	for *off < end {
 		f, ok := parseAt(v.b[*off-v.base:], keyAt(v.seg.keys, *off), *off)
+		if ok && f.kind == kindLoss && f.seq >= seq {
+			return f, parseLoss(f.payload).first <= seq
+		}
 		if !ok || !f.control() && f.seq >= seq {
 			return f, ok && f.seq == seq
 		}
@@ -160,7 +164,7 @@ func (v view) refresh(try int) bool {
 	if v.ring != nil || v.seg.dio == nil || try > 3 {
 		return false
 	}
-	dropCache(v.seg.file, v.seg.m)
+	dropCache(v.seg.file, v.seg.m, 0, int64(len(v.seg.m)))
 	time.Sleep(time.Duration(try) * time.Millisecond)
 	return true
 }
@@ -191,6 +195,12 @@ func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes in
 				}
 				if b.Records == nil {
 					b.Records = make([]Record, 0, min(max(maxRecords, 1), int(durable-next)+1, 1024))
+				}
+				if f.kind == kindLoss {
+					b.Records = append(b.Records, Record{Seq: next, Lost: f.seq + 1 - next, Void: true})
+					off += f.size
+					next = f.seq + 1
+					continue
 				}
 				b.Records = append(b.Records, Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload})
 				off += f.size
@@ -235,6 +245,10 @@ func (b *Batch) copyOut(src []byte) {
 	rest := *b.buf
 	for i := 0; i < len(b.Records) && len(rest) >= frameHeader; {
 		n := int(le.Uint32(rest))
+		if b.Records[i].Lost > 0 {
+			i++
+			continue
+		}
 		size := int(frameSize(n))
 		if size > len(rest) {
 			return // written over meanwhile: the batch is dropped
@@ -272,7 +286,7 @@ func (l *Log) find(seq uint64) (*segment, int64) {
 }
 
 // Get copies the record seq. Errors: ErrNotFound when it is not durable yet, not
-// in the log any more, or void; ErrClosed, ErrDamaged.
+// in the log any more, lost, or void; ErrClosed, ErrDamaged.
 func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 	for {
 		l.mu.Lock()
@@ -294,6 +308,8 @@ func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 		switch {
 		case err != nil:
 			return nil, 0, fmt.Errorf("read record %d: %w", seq, err)
+		case f.kind == kindLoss:
+			return nil, ClassError, fmt.Errorf("%w: %d is gone: the log was damaged and repaired", ErrNotFound, seq)
 		case f.void():
 			return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
 		}

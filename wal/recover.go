@@ -3,6 +3,7 @@ package wal
 import (
 	"errors"
 	"fmt"
+	"os"
 )
 
 // recover reads the whole log, decides where it ends, and makes the log ready
@@ -12,7 +13,7 @@ func (l *Log) recover(rec *Recovery) error {
 	if errors.Is(err, ErrDamaged) {
 		// Judge the disk, not a page that was cached beside a direct write.
 		for _, s := range l.slots {
-			dropCache(s.file, s.m)
+			dropCache(s.file, s.m, 0, l.slotBytes)
 		}
 		l.live = l.live[:0]
 		err = l.recoverOnce(rec)
@@ -46,7 +47,9 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 	}
 	var voids uint64
 	newest := segs[len(segs)-1]
-	dropCache(l.slots[newest.slot].file, newest.m)
+	if e := guard(func() { refreshEnd(l.slots[newest.slot].file, newest) }); e != nil {
+		return newest.damage(0, 0, "the file cannot be read: %v", e)
+	}
 	replayed, err := l.takeReplay(newest)
 	if err != nil {
 		return err
@@ -55,6 +58,7 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 		return newest.damage(0, 0, "the file cannot be read: %v", e)
 	}
 	w := newWalk(segs[0])
+	w.quick = !l.o.VerifyOnOpen
 	var t tail
 	for i, s := range segs {
 		seg := newSegment(l.slots[s.slot], s.head.id, s.head.first, s.epochs)
@@ -62,11 +66,13 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 		if i+1 < len(segs) {
 			next = segs[i+1]
 		}
-		readAhead(s.m)
+		_ = populate(s.m) // one call for all pages instead of a fault for each; reading finds what is wrong
 		var err error
 		if e := guard(func() {
 			t, err = w.segment(s, next, func(f frame) error {
-				if !f.control() {
+				if f.kind == kindLoss { // readers account for it
+					seg.last[ClassError] = max(seg.last[ClassError], f.seq)
+				} else if !f.control() {
 					seg.last[f.class()] = f.seq
 					seg.note(f.seq, f.off)
 				}
@@ -96,6 +102,27 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 		rec.FirstSeq = segs[0].head.first
 	}
 	return l.resume(segs[len(segs)-1], w, t)
+}
+
+// refreshEnd makes sure that the newest segment ends where the disk says, not
+// where a page does that was cached beside a direct write: what follows the last
+// whole frame is read again until that changes nothing.
+func refreshEnd(f *os.File, s *found) {
+	const span = 1 << 20
+	end := int64(len(s.m))
+	for off, again := int64(dataStart), int64(0); ; {
+		x, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
+		if ok {
+			off += x.size
+			continue
+		}
+		if off == again {
+			return
+		}
+		from := off &^ (pageSize - 1)
+		dropCache(f, s.m, from, min(span, end-from))
+		again = off
+	}
 }
 
 // identify reads a slot's header; nil when it is free.

@@ -20,7 +20,9 @@ func salvage(s *found) (voids uint64) {
 		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
 		if ok && (f.control() || f.seq == next) {
 			off += f.size
-			if !f.control() {
+			if f.kind == kindLoss {
+				next = f.seq + 1
+			} else if !f.control() {
 				next++
 			}
 			continue

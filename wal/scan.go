@@ -32,8 +32,8 @@ func (e *DamageError) Error() string {
 	if e.Seq != 0 {
 		s += fmt.Sprintf("; records up to %d are whole", e.Seq-1)
 	}
-	return s + ". Copy the directory before doing anything else, then read what is whole with 'autonomy wal export', " +
-		"and start the node on an empty directory"
+	return s + ". Copy the directory before doing anything else; then 'autonomy wal export' reads what is whole, " +
+		"and 'autonomy wal repair' keeps it and marks what is gone"
 }
 
 // Is makes errors.Is(err, ErrDamaged) hold.
@@ -99,6 +99,9 @@ type walk struct {
 	h       *blake3.Hasher
 
 	keys        []ed25519.PublicKey // of checkpoints; none: signatures are not checked
+	quick       bool                // take the markers\' word for the chain
+	losses      uint64              // loss markers
+	lost        uint64              // records that they tell of
 	checkpoints uint64
 	signedSeq   uint64 // last record below a checkpoint that a key has signed
 	signedAt    uint64 // unix nanoseconds of that
@@ -169,7 +172,12 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 			}
 			break
 		}
-		if f.kind == kindCheckpoint {
+		if f.kind == kindLoss {
+			if err := w.loss(s, f); err != nil {
+				return t, err
+			}
+			t.marked, t.confirmed, t.closed = f.off+f.size, true, false
+		} else if f.kind == kindCheckpoint {
 			if err := w.checkpoint(s, f); err != nil {
 				return t, err
 			}
@@ -208,7 +216,10 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 // marker checks a commit marker against what was read since the one before.
 func (w *walk) marker(s *found, f frame) error {
 	k := parseMarker(f.payload)
-	head := chainNext(w.h, &w.chain, s.m[w.group.off:f.off])
+	head := k.chain
+	if !w.quick {
+		head = chainNext(w.h, &w.chain, s.m[w.group.off:f.off])
+	}
 	switch {
 	case k.prevID != w.group.id || int64(k.prevOff) != w.group.off || k.count != w.count || f.seq != w.next-1:
 		return s.damage(f.off, w.next-w.count, "a commit marker counts %d records up to %d since offset %d, found %d up to %d since %d",
@@ -246,7 +257,7 @@ func (w *walk) beyond(s *found, off int64, t *tail) (again bool, err error) {
 			continue
 		}
 		last = max(last, o+f.size)
-		if f.kind == kindCheckpoint {
+		if f.control() && !f.marker() {
 			continue
 		}
 		if !f.marker() {

@@ -26,6 +26,8 @@ type Snapshot struct {
 	tail  tail
 	walk  *walk
 	keys  []ed25519.PublicKey
+
+	partial bool // segs does not begin with the oldest
 }
 
 type mapped struct {
@@ -177,6 +179,23 @@ func (s *Snapshot) Records(ctx context.Context) iter.Seq2[Entry, error] {
 	}
 }
 
+// RecordsFrom is Records from seq on, whose segments before that are not read:
+// they are checked by Records. ErrOvertaken, which is not damage, ends it when
+// the writer has used a segment again meanwhile.
+func (s *Snapshot) RecordsFrom(ctx context.Context, seq uint64) iter.Seq2[Entry, error] {
+	i := len(s.segs) - 1
+	for i > 0 && s.segs[i].head.first > seq {
+		i--
+	}
+	t := *s
+	i = max(i, 0)
+	t.segs, t.partial = s.segs[i:], i > 0
+	return t.Records(ctx)
+}
+
+// ErrOvertaken: the log's writer has used a segment again while it was read.
+var ErrOvertaken = errors.New("the writer has overtaken the reader: read the log again")
+
 func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 	if len(s.segs) == 0 {
 		s.walk = &walk{next: 1}
@@ -206,8 +225,13 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 					}
 					group = group[:0]
 				}
+				if k := f.kind; k == kindLoss {
+					if p := parseLoss(f.payload); p.last >= p.first {
+						group = append(group, Entry{Record{Seq: p.first, Lost: p.last + 1 - p.first, Void: true}, Position{x.head.id, f.off}, x.name})
+					}
+				}
 				if !f.control() {
-					e := Entry{Record{f.seq, f.class(), f.void(), f.payload}, Position{x.head.id, f.off}, x.name}
+					e := Entry{Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload}, Position{x.head.id, f.off}, x.name}
 					if e.Void {
 						e.Payload = nil
 					}
@@ -229,13 +253,13 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		}
 		if err != nil {
 			if _, damaged := errors.AsType[*DamageError](err); damaged && s.live && s.recycled(x) {
-				return fmt.Errorf("segment %d was recycled while it was read: read the log again", x.head.id)
+				return fmt.Errorf("segment %d was recycled: %w", x.head.id, ErrOvertaken)
 			}
 			return err
 		}
 		s.slots[x.slot].Bytes = s.tail.end - dataStart
 	}
-	if s.live {
+	if s.live || s.partial {
 		return nil // the cursors were read before the records
 	}
 	return checkCursors(s.segs[0], w.next-1, s.meta)
@@ -287,7 +311,8 @@ type Report struct {
 	Voids       uint64 `json:"voids"`
 	First       uint64 `json:"first"`
 	Last        uint64 `json:"last"`
-	Gaps        uint64 `json:"gaps"` // always 0 in a log without damage: a gap is damage
+	Gaps        uint64 `json:"gaps"` // loss markers, which Repair wrote; any other gap is damage
+	Lost        uint64 `json:"lost"` // records that they tell of
 	Segments    int    `json:"segments"`
 	Uncommitted uint64 `json:"uncommitted"` // after the last commit marker
 	TornRecords uint64 `json:"torn_records"`
@@ -338,6 +363,7 @@ func VerifyWith(ctx context.Context, dir string, o VerifyOptions) (Report, error
 	})
 	w := s.walk
 	r.Records, r.Voids, r.Uncommitted = w.records, w.voids, w.count
+	r.Gaps, r.Lost = w.losses, w.lost
 	r.Checkpoints, r.SignedSeq = w.checkpoints, w.signedSeq
 	if w.signedAt != 0 {
 		r.SignedAt = time.Unix(0, int64(w.signedAt)).UTC()
