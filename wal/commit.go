@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/autonomyops/autonomy/internal/vfs"
 )
 
@@ -128,7 +130,9 @@ func (l *Log) settled(seg *segment, off int64) {
 	l.mu.Lock()
 	l.flushed = off
 	if l.ring != nil {
-		l.ring.set(seg.id, seg.key, off) // before its room is given to others
+		// Before its room is given to others. A ring that was cut is noticed by the
+		// next group.
+		_ = guard(func() { l.ring.set(seg.id, seg.key, off) })
 		l.ceil = min(l.slotBytes, l.ring.room(off))
 		l.moved.Broadcast()
 	}
@@ -343,8 +347,10 @@ func (l *Log) install(seg *segment, g *group, off int64, page []byte) {
 	l.ceil, l.flushed, l.pressed = l.slotBytes, off, false
 	if r := l.ring; r != nil {
 		r.low = off &^ (pageSize - 1)
-		copy(r.frame(r.low, off-r.low), page)
-		r.set(seg.id, seg.key, off)
+		_ = guard(func() { // as in settled
+			copy(r.frame(r.low, off-r.low), page)
+			r.set(seg.id, seg.key, off)
+		})
 		l.ceil = min(l.ceil, r.room(off))
 	}
 	l.soft = off + l.softBytes()
@@ -361,6 +367,9 @@ func (l *Log) failover(seg *segment, g *group, cause error) {
 	l.stats.mu.Lock()
 	l.stats.failovers++
 	l.stats.mu.Unlock()
+	if errors.Is(cause, errFault) || errors.Is(cause, unix.EFAULT) {
+		g.fault.Store(true) // so a ring is left, too
+	}
 	g.err = fmt.Errorf("%w: %w", ErrFailed, cause)
 	l.moveOn(seg, g)
 }

@@ -334,6 +334,53 @@ func TestRingCut(t *testing.T) {
 	}
 }
 
+// The same, noticed by the committer alone.
+func TestRingGone(t *testing.T) {
+	o := ringOptions(t)
+	dir := t.TempDir()
+	l, _ := open(t, dir, o)
+	wait(t, l, appendN(t, l, 5))
+	appendN(t, l, 3)
+	must(t, os.Truncate(l.ring.file.Name(), 0))
+	if err := l.Sync(t.Context()); !errors.Is(err, ErrFailed) {
+		t.Fatalf("Sync over a ring that is gone: %v", err)
+	}
+	last := appendN(t, l, 5)
+	wait(t, l, last)
+	if st := l.Stats(); st.Mode != ModeMapped.String() || st.Failovers != 1 {
+		t.Fatalf("%+v", st)
+	}
+	check(t, l, 9, last)
+	must(t, l.Close())
+	if rep, err := Verify(t.Context(), dir); err != nil || rep.Last != last || rep.Voids != 3 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
+}
+
+// FuzzRing reads arbitrary bytes as a ring's first page: nothing but the right
+// identity and a whole state is taken.
+func FuzzRing(f *testing.F) {
+	id := ringID{logID: 1, dev: 2, ino: 3, boot: [16]byte{4}}
+	page := make([]byte, pageSize)
+	putRingHead(page, id, minRing, 5)
+	at := ringAt{1, 1, 9, dataStart}
+	at.put(page[ringState:], 5)
+	f.Add(uint16(0), []byte{})
+	f.Add(uint16(16), []byte{1, 2})
+	f.Add(uint16(ringState), []byte{0xff})
+	f.Fuzz(func(t *testing.T, off uint16, b []byte) {
+		p := append([]byte(nil), page...)
+		copy(p[min(int(off), len(p)):], b)
+		size, _, got, why := parseRing(p, id, pageSize+minRing)
+		if why == "" && (size != minRing || got != at) {
+			t.Fatalf("size %d, %+v", size, got)
+		}
+		if _, _, _, why := parseRing(p, ringID{logID: 1, dev: 2, ino: 3}, pageSize+minRing); why == "" && string(p) == string(page) {
+			t.Fatal("a ring of another boot was taken")
+		}
+	})
+}
+
 // childNoWait appends without waiting, and prints what it has appended.
 func childNoWait(dir string) {
 	o := inMode(Options{SegmentBytes: 256 << 10, MaxBytes: 4 << 20, RingBytes: minRing, SyncInterval: 20 * time.Millisecond})
