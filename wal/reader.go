@@ -2,14 +2,18 @@ package wal
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sort"
+	"sync"
+	"time"
 )
 
 // Record is one record of the log.
 type Record struct {
 	Seq     uint64
 	Class   Class
+	Lost    uint64 // Repair found that so many records from Seq on are gone; else 0. Void is set too
 	Void    bool   // aborted by its writer: the sequence number is used, Payload is nil
 	Payload []byte // in a Batch or Snapshot a view: valid until Release or Close
 }
@@ -19,15 +23,23 @@ type Batch struct {
 	Records []Record
 	l       *Log
 	s       *slot
+	buf     *[]byte
 }
 
 // Release gives the views up. It must be called once per Batch, also when
 // Records is not used.
 func (b Batch) Release() {
-	if b.l != nil {
+	switch {
+	case b.buf != nil:
+		copies.Put(b.buf)
+	case b.l != nil:
 		b.l.unpin(b.s)
 	}
 }
+
+// copies are buffers for batches that were copied out of the ring, which does
+// not wait for its readers.
+var copies = sync.Pool{New: func() any { return new([]byte) }}
 
 // Reader reads durable records in order. It belongs to one goroutine at a time.
 type Reader struct {
@@ -80,55 +92,173 @@ func (r *Reader) Next(ctx context.Context, maxRecords, maxBytes int) (Batch, err
 		if seg.id == r.at.id && r.at.off != 0 {
 			off = r.at.off
 		}
-		seg.refs++
-		end := seg.end()
+		v := l.view(seg, off)
 		l.mu.Unlock()
-		b, err := r.read(seg, off, end, durable, maxRecords, maxBytes)
-		if err != nil {
-			l.unpin(seg.slot)
-			return Batch{}, err
+		b, err := r.read(v, off, durable, maxRecords, maxBytes)
+		if err == errOverrun {
+			continue // what was in the ring is in the slot
 		}
-		return b, nil
+		return b, err
 	}
 }
 
-func (r *Reader) read(seg *segment, off, end int64, durable uint64, maxRecords, maxBytes int) (Batch, error) {
-	b := Batch{l: r.l, s: seg.slot}
-	next, bytes := r.next, 0
-	var fault error
-	err := guard(func() {
-		for next <= durable && (len(b.Records) == 0 || len(b.Records) < maxRecords) {
-			f, ok := seg.record(&off, end, next)
-			if !ok {
-				// The rest of what is durable stands in the next segment.
-				if len(b.Records) == 0 {
-					fault = r.l.corrupt(seg, off, next)
-				}
-				return
-			}
-			if bytes += len(f.payload); bytes > maxBytes && len(b.Records) > 0 {
-				return
-			}
-			if b.Records == nil {
-				b.Records = make([]Record, 0, min(max(maxRecords, 1), int(durable-next)+1, 1024))
-			}
-			rec := Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload}
-			if rec.Void {
-				rec.Payload = nil
-			}
-			b.Records = append(b.Records, rec)
-			off += f.size
-			next++
+// view is where records can be read: a part of the ring, or a slot. It is
+// pinned.
+type view struct {
+	l    *Log
+	seg  *segment
+	ring *ring  // nil: the slot
+	b    []byte // what stands from base on
+	base int64
+}
+
+var errOverrun = errors.New("the ring was written over meanwhile")
+
+// view pins the ring, if it holds seg from off on, or else the slot. mu is held.
+func (l *Log) view(seg *segment, off int64) view {
+	if r := l.ring; r != nil && seg == l.cur && off >= max(r.low, l.tail-r.size()) && off < l.flushed {
+		r.refs++
+		return view{l, seg, r, r.frame(off, l.flushed-off), off}
+	}
+	seg.refs++
+	return view{l, seg, nil, seg.m[:seg.end()], 0}
+}
+
+// done gives a view up. From then on the ring's bytes may change: whole tells
+// whether they are still what they were.
+func (v view) done() (whole bool) {
+	if v.ring == nil {
+		v.l.unpin(v.seg.slot)
+		return true
+	}
+	l := v.l
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	whole = l.ring == v.ring && l.cur == v.seg && v.base >= max(v.ring.low, l.tail-v.ring.size())
+	v.ring.refs--
+	if v.ring.refs == 0 && l.unmapped {
+		v.ring.close()
+	}
+	return whole
+}
+
+// record reads the record seq, which stands at *off or a little after it.
+func (v view) record(off *int64, seq uint64) (frame, bool) {
+	end := v.base + int64(len(v.b))
+	for *off < end {
+		f, ok := parseAt(v.b[*off-v.base:], keyAt(v.seg.keys, *off), *off)
+		if ok && f.kind == kindLoss && f.seq >= seq {
+			return f, parseLoss(f.payload).first <= seq
 		}
-	})
-	if err == nil {
-		err = fault
+		if !ok || !f.control() && f.seq >= seq {
+			return f, ok && f.seq == seq
+		}
+		*off += f.size
+	}
+	return frame{}, false
+}
+
+// refresh has the slot's pages read again: one that was cached beside a direct
+// write may be old. It reports whether that can help.
+func (v view) refresh(try int) bool {
+	if v.ring != nil || v.seg.dio == nil || try > 3 {
+		return false
+	}
+	dropCache(v.seg.file, v.seg.m, 0, int64(len(v.seg.m)))
+	time.Sleep(time.Duration(try) * time.Millisecond)
+	return true
+}
+
+// ahead is how far beyond a batch the slot is read ahead.
+const ahead = 256 << 10
+
+func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes int) (b Batch, err error) {
+	if v.ring == nil {
+		b.l, b.s = r.l, v.seg.slot
+	}
+	start, next, bytes := off, r.next, 0
+	if v.ring == nil && v.seg.dio != nil { // not in memory: nobody wrote it there
+		readAhead(v.b[off&^(pageSize-1) : min(int64(len(v.b)), off+int64(min(maxBytes, maxSegment))+ahead)])
+	}
+	for try := 1; ; try++ {
+		broken := false
+		err = guard(func() {
+			for next <= durable && (len(b.Records) == 0 || len(b.Records) < maxRecords) {
+				f, ok := v.record(&off, next)
+				if !ok {
+					// The rest of what is durable stands in the next segment.
+					broken = len(b.Records) == 0
+					return
+				}
+				if bytes += len(f.payload); bytes > maxBytes && len(b.Records) > 0 {
+					return
+				}
+				if b.Records == nil {
+					b.Records = make([]Record, 0, min(max(maxRecords, 1), int(durable-next)+1, 1024))
+				}
+				if f.kind == kindLoss {
+					b.Records = append(b.Records, Record{Seq: next, Lost: f.seq + 1 - next, Void: true})
+					off += f.size
+					next = f.seq + 1
+					continue
+				}
+				b.Records = append(b.Records, Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload})
+				off += f.size
+				next++
+			}
+			if v.ring != nil {
+				b.copyOut(v.b[start-v.base : off-v.base])
+			}
+		})
+		if !broken || err != nil || !v.refresh(try) {
+			if broken && err == nil {
+				err = r.l.corrupt(v.seg, off, next)
+			}
+			break
+		}
+	}
+	if v.ring != nil && !v.done() {
+		b.Release()
+		return Batch{}, errOverrun
 	}
 	if err != nil {
+		if v.ring == nil {
+			v.done()
+		} else {
+			b.Release()
+		}
 		return Batch{}, fmt.Errorf("read record %d: %w", next, err)
 	}
-	r.next, r.at = next, pos{seg.id, off}
+	for i := range b.Records {
+		if b.Records[i].Void {
+			b.Records[i].Payload = nil
+		}
+	}
+	r.next, r.at = next, pos{v.seg.id, off}
 	return b, nil
+}
+
+// copyOut makes the payloads, which lie in src, views of a copy.
+func (b *Batch) copyOut(src []byte) {
+	b.buf = copies.Get().(*[]byte)
+	*b.buf = append((*b.buf)[:0], src...)
+	rest := *b.buf
+	for i := 0; i < len(b.Records) && len(rest) >= frameHeader; {
+		n := int(le.Uint32(rest))
+		if b.Records[i].Lost > 0 {
+			i++
+			continue
+		}
+		size := int(frameSize(n))
+		if size > len(rest) {
+			return // written over meanwhile: the batch is dropped
+		}
+		if w1 := le.Uint64(rest[8:]); byte(w1)&kindMarker == 0 && w1>>8 == b.Records[i].Seq {
+			b.Records[i].Payload = rest[frameHeader : frameHeader+n : frameHeader+n]
+			i++
+		}
+		rest = rest[size:]
+	}
 }
 
 // end is where frames of s end for readers. mu is held.
@@ -137,17 +267,6 @@ func (s *segment) end() int64 {
 		return s.limit
 	}
 	return int64(len(s.m))
-}
-
-// record reads the record seq, which stands at *off or a little after it.
-func (s *segment) record(off *int64, end int64, seq uint64) (frame, bool) {
-	for {
-		f, ok := parseFrame(s.m, keyAt(s.keys, *off), *off, end)
-		if !ok || !f.marker() && f.seq >= seq {
-			return f, ok && f.seq == seq
-		}
-		*off += f.size
-	}
 }
 
 func (l *Log) corrupt(seg *segment, off int64, seq uint64) error {
@@ -167,41 +286,53 @@ func (l *Log) find(seq uint64) (*segment, int64) {
 }
 
 // Get copies the record seq. Errors: ErrNotFound when it is not durable yet, not
-// in the log any more, or void; ErrClosed, ErrDamaged.
+// in the log any more, lost, or void; ErrClosed, ErrDamaged.
 func (l *Log) Get(seq uint64) ([]byte, Class, error) {
-	l.mu.Lock()
-	switch {
-	case l.closed:
-		l.mu.Unlock()
-		return nil, 0, ErrClosed
-	case seq == 0 || seq > l.durable.Load() || seq < l.live[0].first:
-		l.mu.Unlock()
-		return nil, 0, fmt.Errorf("%w: %d", ErrNotFound, seq)
-	}
-	seg, off := l.find(seq)
-	seg.refs++
-	end := seg.end()
-	l.mu.Unlock()
-	defer l.unpin(seg.slot)
-
-	var f frame
-	var payload []byte
-	ok := false
-	err := guard(func() {
-		f, ok = seg.record(&off, end, seq)
-		if ok {
-			payload = append([]byte(nil), f.payload...)
+	for {
+		l.mu.Lock()
+		switch {
+		case l.closed:
+			l.mu.Unlock()
+			return nil, 0, ErrClosed
+		case seq == 0 || seq > l.durable.Load() || seq < l.live[0].first:
+			l.mu.Unlock()
+			return nil, 0, fmt.Errorf("%w: %d", ErrNotFound, seq)
 		}
-	})
-	switch {
-	case err != nil:
-		return nil, 0, fmt.Errorf("read record %d: %w", seq, err)
-	case !ok:
-		return nil, 0, fmt.Errorf("read record %d: %w", seq, l.corrupt(seg, off, seq))
-	case f.void():
-		return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
+		seg, off := l.find(seq)
+		v := l.view(seg, off)
+		l.mu.Unlock()
+		payload, f, err := v.get(off, seq)
+		if !v.done() {
+			continue
+		}
+		switch {
+		case err != nil:
+			return nil, 0, fmt.Errorf("read record %d: %w", seq, err)
+		case f.kind == kindLoss:
+			return nil, ClassError, fmt.Errorf("%w: %d is gone: the log was damaged and repaired", ErrNotFound, seq)
+		case f.void():
+			return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
+		}
+		return payload, f.class(), nil
 	}
-	return payload, f.class(), nil
+}
+
+// get copies the record seq, which stands at off or a little after it.
+func (v view) get(off int64, seq uint64) (payload []byte, f frame, err error) {
+	for try := 1; ; try++ {
+		ok := false
+		err = guard(func() {
+			if f, ok = v.record(&off, seq); ok {
+				payload = append([]byte(nil), f.payload...)
+			}
+		})
+		if ok || err != nil {
+			return payload, f, err
+		}
+		if !v.refresh(try) {
+			return nil, f, v.l.corrupt(v.seg, off, seq)
+		}
+	}
 }
 
 // unpin gives up one use of s.

@@ -1,13 +1,27 @@
 package wal
 
 import (
-	"context"
+	"errors"
 	"fmt"
+	"os"
 )
 
 // recover reads the whole log, decides where it ends, and makes the log ready
 // to take records there. README.md argues why that is right.
 func (l *Log) recover(rec *Recovery) error {
+	err := l.recoverOnce(rec)
+	if errors.Is(err, ErrDamaged) {
+		// Judge the disk, not a page that was cached beside a direct write.
+		for _, s := range l.slots {
+			dropCache(s.file, s.m, 0, l.slotBytes)
+		}
+		l.live = l.live[:0]
+		err = l.recoverOnce(rec)
+	}
+	return err
+}
+
+func (l *Log) recoverOnce(rec *Recovery) error {
 	var segs []*found
 	for _, s := range l.slots {
 		var x *found
@@ -33,10 +47,18 @@ func (l *Log) recover(rec *Recovery) error {
 	}
 	var voids uint64
 	newest := segs[len(segs)-1]
+	if e := guard(func() { refreshEnd(l.slots[newest.slot].file, newest) }); e != nil {
+		return newest.damage(0, 0, "the file cannot be read: %v", e)
+	}
+	replayed, err := l.takeReplay(newest)
+	if err != nil {
+		return err
+	}
 	if e := guard(func() { voids = salvage(newest) }); e != nil {
 		return newest.damage(0, 0, "the file cannot be read: %v", e)
 	}
 	w := newWalk(segs[0])
+	w.quick = !l.o.VerifyOnOpen
 	var t tail
 	for i, s := range segs {
 		seg := newSegment(l.slots[s.slot], s.head.id, s.head.first, s.epochs)
@@ -44,11 +66,13 @@ func (l *Log) recover(rec *Recovery) error {
 		if i+1 < len(segs) {
 			next = segs[i+1]
 		}
-		readAhead(s.m)
+		_ = populate(s.m) // one call for all pages instead of a fault for each; reading finds what is wrong
 		var err error
 		if e := guard(func() {
 			t, err = w.segment(s, next, func(f frame) error {
-				if !f.marker() {
+				if f.kind == kindLoss { // readers account for it
+					seg.last[ClassError] = max(seg.last[ClassError], f.seq)
+				} else if !f.control() {
 					seg.last[f.class()] = f.seq
 					seg.note(f.seq, f.off)
 				}
@@ -72,12 +96,33 @@ func (l *Log) recover(rec *Recovery) error {
 	}
 	*rec = Recovery{
 		Records: w.records, LastSeq: lastSeq, Segments: len(segs), Uncommitted: t.uncommitted,
-		TornRecords: t.tornRecords, TornBytes: t.tornBytes, Salvaged: voids,
+		TornRecords: t.tornRecords, TornBytes: t.tornBytes, Salvaged: voids, Replayed: replayed,
 	}
 	if w.records > 0 {
 		rec.FirstSeq = segs[0].head.first
 	}
 	return l.resume(segs[len(segs)-1], w, t)
+}
+
+// refreshEnd makes sure that the newest segment ends where the disk says, not
+// where a page does that was cached beside a direct write: what follows the last
+// whole frame is read again until that changes nothing.
+func refreshEnd(f *os.File, s *found) {
+	const span = 1 << 20
+	end := int64(len(s.m))
+	for off, again := int64(dataStart), int64(0); ; {
+		x, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
+		if ok {
+			off += x.size
+			continue
+		}
+		if off == again {
+			return
+		}
+		from := off &^ (pageSize - 1)
+		dropCache(f, s.m, from, min(span, end-from))
+		again = off
+	}
 }
 
 // identify reads a slot's header; nil when it is free.
@@ -137,15 +182,16 @@ func (l *Log) begin() error {
 		return err
 	}
 	l.next = 1
-	seg, err := l.activate(s, 1, 1, pos{})
-	if err != nil {
+	seg, page := l.newLife(s, 1, 1, pos{})
+	if err := l.writeLive(s, page); err != nil {
 		return err
 	}
+	l.mark = pos{1, dataStart}
 	if err := l.o.sync(s.file); err != nil {
 		return err
 	}
 	l.confirmed = true // nothing to confirm
-	l.install(seg, newGroup(), dataStart)
+	l.install(seg, newGroup(), dataStart, nil)
 	return nil
 }
 
@@ -161,7 +207,7 @@ func (l *Log) resume(s *found, w *walk, t tail) error {
 	}
 	l.next, l.chain, l.mark, l.confirmed = w.next, w.chain, w.group, t.confirmed
 	l.durable.Store(w.next - 1 - w.count)
-	l.cur, l.tail = seg, t.end
+	l.cur, l.tail, l.ceil, l.soft, l.flushed = seg, t.end, l.slotBytes, l.slotBytes, w.group.off
 	clean := t.closed && t.marked == t.end && t.tornBytes == 0
 	if l.exhausted = !clean && len(seg.keys) > maxEpochs; !clean && !l.exhausted {
 		if err := l.addEpoch(seg, s.head.key, t.end); err != nil {
@@ -192,12 +238,4 @@ func (l *Log) addEpoch(seg *segment, segKey uint64, off int64) error {
 	seg.keys = append(seg.keys, e)
 	seg.key = e.key
 	return nil
-}
-
-// settle commits what recovery kept; the committer runs.
-func (l *Log) settle(rec Recovery) error {
-	if err := l.err(); err != nil {
-		return err
-	}
-	return l.WaitDurable(context.Background(), rec.LastSeq)
 }

@@ -18,9 +18,11 @@ func salvage(s *found) (voids uint64) {
 	next := s.head.first
 	for off := int64(dataStart); off < end; {
 		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
-		if ok && (f.marker() || f.seq == next) {
+		if ok && (f.control() || f.seq == next) {
 			off += f.size
-			if !f.marker() {
+			if f.kind == kindLoss {
+				next = f.seq + 1
+			} else if !f.control() {
 				next++
 			}
 			continue
@@ -39,7 +41,7 @@ func salvage(s *found) (voids uint64) {
 			}
 			n := int(size - frameHeader)
 			clear(s.m[off+frameHeader : off+size])
-			putFrame(s.m, keyAt(s.epochs, off), off, n, kindVoid|byte(ClassError), next)
+			putFrame(s.m[off:], keyAt(s.epochs, off), off, n, kindVoid|byte(ClassError), next)
 			off, next, voids = off+size, next+1, voids+1
 		}
 	}
@@ -59,7 +61,7 @@ func beyondHole(s *found, off int64, next uint64) (to int64, seq uint64) {
 		if !ok {
 			continue
 		}
-		if f.marker() {
+		if f.control() {
 			return 0, 0
 		}
 		if to == 0 && f.seq > next && int64(f.seq-next)*frameSize(1) <= o-off {

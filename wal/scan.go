@@ -1,6 +1,7 @@
 package wal
 
 import (
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"hash"
@@ -31,8 +32,8 @@ func (e *DamageError) Error() string {
 	if e.Seq != 0 {
 		s += fmt.Sprintf("; records up to %d are whole", e.Seq-1)
 	}
-	return s + ". Copy the directory before doing anything else, then read what is whole with 'autonomy wal export', " +
-		"and start the node on an empty directory"
+	return s + ". Copy the directory before doing anything else; then 'autonomy wal export' reads what is whole, " +
+		"and 'autonomy wal repair' keeps it and marks what is gone"
 }
 
 // Is makes errors.Is(err, ErrDamaged) hold.
@@ -96,6 +97,14 @@ type walk struct {
 	records uint64
 	voids   uint64
 	h       *blake3.Hasher
+
+	keys        []ed25519.PublicKey // of checkpoints; none: signatures are not checked
+	quick       bool                // take the markers\' word for the chain
+	losses      uint64              // loss markers
+	lost        uint64              // records that they tell of
+	checkpoints uint64
+	signedSeq   uint64 // last record below a checkpoint that a key has signed
+	signedAt    uint64 // unix nanoseconds of that
 }
 
 // pos is a place in the log. Places are ordered by segment, then offset.
@@ -147,7 +156,7 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 	}
 	for off := int64(dataStart); off < limit; {
 		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, limit)
-		if ok && !f.marker() && f.seq != w.next {
+		if ok && !f.control() && f.seq != w.next {
 			return t, s.damage(off, w.next, "the record has sequence %d, want %d", f.seq, w.next)
 		}
 		if !ok {
@@ -163,7 +172,19 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 			}
 			break
 		}
-		if f.marker() {
+		if f.kind == kindLoss {
+			if err := w.loss(s, f); err != nil {
+				return t, err
+			}
+			t.marked, t.confirmed, t.closed = f.off+f.size, true, false
+		} else if f.kind == kindCheckpoint {
+			if err := w.checkpoint(s, f); err != nil {
+				return t, err
+			}
+			if t.marked == f.off {
+				t.marked = f.off + f.size
+			}
+		} else if f.marker() {
 			if err := w.marker(s, f); err != nil {
 				return t, err
 			}
@@ -195,7 +216,10 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 // marker checks a commit marker against what was read since the one before.
 func (w *walk) marker(s *found, f frame) error {
 	k := parseMarker(f.payload)
-	head := chainNext(w.h, &w.chain, s.m[w.group.off:f.off])
+	head := k.chain
+	if !w.quick {
+		head = chainNext(w.h, &w.chain, s.m[w.group.off:f.off])
+	}
 	switch {
 	case k.prevID != w.group.id || int64(k.prevOff) != w.group.off || k.count != w.count || f.seq != w.next-1:
 		return s.damage(f.off, w.next-w.count, "a commit marker counts %d records up to %d since offset %d, found %d up to %d since %d",
@@ -222,7 +246,7 @@ func (w *walk) beyond(s *found, off int64, t *tail) (again bool, err error) {
 		if seq+1 < w.next || seq > most {
 			continue // cheap: almost every place ends here
 		}
-		n := int64(uint32(loadWord(s.m, o)))
+		n := int64(uint32(loadWord(s.m[o:])))
 		if o == off && seq == w.next && n > 0 && n < end-o-frameHeader && validKind(byte(w1), n) {
 			last = o + frameSize(int(n)) // the record that was being written
 			t.tornRecords++
@@ -233,6 +257,9 @@ func (w *walk) beyond(s *found, off int64, t *tail) (again bool, err error) {
 			continue
 		}
 		last = max(last, o+f.size)
+		if f.control() && !f.marker() {
+			continue
+		}
 		if !f.marker() {
 			t.tornRecords++
 			continue

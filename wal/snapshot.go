@@ -2,6 +2,7 @@ package wal
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,6 +25,9 @@ type Snapshot struct {
 	files []mapped
 	tail  tail
 	walk  *walk
+	keys  []ed25519.PublicKey
+
+	partial bool // segs does not begin with the oldest
 }
 
 type mapped struct {
@@ -175,12 +179,30 @@ func (s *Snapshot) Records(ctx context.Context) iter.Seq2[Entry, error] {
 	}
 }
 
+// RecordsFrom is Records from seq on, whose segments before that are not read:
+// they are checked by Records. ErrOvertaken, which is not damage, ends it when
+// the writer has used a segment again meanwhile.
+func (s *Snapshot) RecordsFrom(ctx context.Context, seq uint64) iter.Seq2[Entry, error] {
+	i := len(s.segs) - 1
+	for i > 0 && s.segs[i].head.first > seq {
+		i--
+	}
+	t := *s
+	i = max(i, 0)
+	t.segs, t.partial = s.segs[i:], i > 0
+	return t.Records(ctx)
+}
+
+// ErrOvertaken: the log's writer has used a segment again while it was read.
+var ErrOvertaken = errors.New("the writer has overtaken the reader: read the log again")
+
 func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 	if len(s.segs) == 0 {
 		s.walk = &walk{next: 1}
 		return checkEmpty(s.meta)
 	}
 	w := newWalk(s.segs[0])
+	w.keys = s.keys
 	s.walk = w
 	for i, x := range s.segs {
 		var next *found
@@ -192,7 +214,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		var err error
 		fault := guard(func() {
 			s.tail, err = w.segment(x, next, func(f frame) error {
-				if f.marker() || len(group) == maxHeld {
+				if f.control() || len(group) == maxHeld {
 					if err := ctx.Err(); err != nil {
 						return err
 					}
@@ -203,8 +225,13 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 					}
 					group = group[:0]
 				}
-				if !f.marker() {
-					e := Entry{Record{f.seq, f.class(), f.void(), f.payload}, Position{x.head.id, f.off}, x.name}
+				if k := f.kind; k == kindLoss {
+					if p := parseLoss(f.payload); p.last >= p.first {
+						group = append(group, Entry{Record{Seq: p.first, Lost: p.last + 1 - p.first, Void: true}, Position{x.head.id, f.off}, x.name})
+					}
+				}
+				if !f.control() {
+					e := Entry{Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload}, Position{x.head.id, f.off}, x.name}
 					if e.Void {
 						e.Payload = nil
 					}
@@ -226,17 +253,19 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		}
 		if err != nil {
 			if _, damaged := errors.AsType[*DamageError](err); damaged && s.live && s.recycled(x) {
-				return fmt.Errorf("segment %d was recycled while it was read: read the log again", x.head.id)
+				return fmt.Errorf("segment %d was recycled: %w", x.head.id, ErrOvertaken)
 			}
 			return err
 		}
 		s.slots[x.slot].Bytes = s.tail.end - dataStart
 	}
-	if s.live {
+	if s.live || s.partial {
 		return nil // the cursors were read before the records
 	}
 	return checkCursors(s.segs[0], w.next-1, s.meta)
 }
+
+const progressEvery = 1 << 14 // records
 
 // maxHeld bounds the records of one group that Records holds back until it has
 // seen their marker. A larger group is passed on before.
@@ -282,32 +311,66 @@ type Report struct {
 	Voids       uint64 `json:"voids"`
 	First       uint64 `json:"first"`
 	Last        uint64 `json:"last"`
-	Gaps        uint64 `json:"gaps"` // always 0 in a log without damage: a gap is damage
+	Gaps        uint64 `json:"gaps"` // loss markers, which Repair wrote; any other gap is damage
+	Lost        uint64 `json:"lost"` // records that they tell of
 	Segments    int    `json:"segments"`
 	Uncommitted uint64 `json:"uncommitted"` // after the last commit marker
 	TornRecords uint64 `json:"torn_records"`
 	TornBytes   int64  `json:"torn_bytes"`
 	Chain       string `json:"chain"` // head after the last marker: blake3:HEX
+	Checkpoints uint64 `json:"checkpoints"`
+	// SignedSeq is the last record below a checkpoint that one of the given keys
+	// has signed, SignedAt when that was; zero without keys.
+	SignedSeq uint64    `json:"signed_seq,omitempty"`
+	SignedAt  time.Time `json:"signed_at,omitzero"`
+}
+
+// VerifyOptions configure VerifyWith. Zero values ask for what Verify does.
+type VerifyOptions struct {
+	// Keys are the public keys that may have signed checkpoints. With keys a
+	// checkpoint that none of them has signed is damage, and a log without any
+	// checkpoint is ErrUnsigned.
+	Keys []ed25519.PublicKey
+	// Progress is called now and then with records read so far.
+	Progress func(records uint64)
 }
 
 // Verify reads everything in dir and checks it. On damage the error is a
 // *DamageError and the report counts what is whole before it.
 func Verify(ctx context.Context, dir string) (Report, error) {
+	return VerifyWith(ctx, dir, VerifyOptions{})
+}
+
+// VerifyWith is Verify with options. Errors: also ErrUnsigned.
+func VerifyWith(ctx context.Context, dir string, o VerifyOptions) (Report, error) {
 	s, err := OpenReadOnly(dir)
 	if err != nil {
 		return Report{}, err
 	}
 	defer s.Close()
+	s.keys = o.Keys
+	var n uint64
 	r := Report{ID: s.Info().ID, Segments: len(s.segs)}
 	var first uint64
 	err = s.scan(ctx, func(e Entry) bool {
 		if first == 0 {
 			first = e.Seq
 		}
+		if n++; o.Progress != nil && n%progressEvery == 0 {
+			o.Progress(n)
+		}
 		return true
 	})
 	w := s.walk
 	r.Records, r.Voids, r.Uncommitted = w.records, w.voids, w.count
+	r.Gaps, r.Lost = w.losses, w.lost
+	r.Checkpoints, r.SignedSeq = w.checkpoints, w.signedSeq
+	if w.signedAt != 0 {
+		r.SignedAt = time.Unix(0, int64(w.signedAt)).UTC()
+	}
+	if err == nil && len(o.Keys) > 0 && w.signedAt == 0 {
+		err = fmt.Errorf("%w by any of the %d keys given: %d checkpoints", ErrUnsigned, len(o.Keys), w.checkpoints)
+	}
 	r.Chain = fmt.Sprintf("blake3:%x", w.chain)
 	r.TornRecords, r.TornBytes = s.tail.tornRecords, s.tail.tornBytes
 	if s.live {

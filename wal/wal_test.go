@@ -4,19 +4,90 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
+	"os/exec"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const testSegment = 256 << 10
 
+// ringDir is a tmpfs for rings, "" when there is none; testMode is what the tests
+// run in.
+var (
+	ringDir  = os.Getenv("WAL_TEST_RING")
+	testMode = ModeMapped
+)
+
+// setMode finds or mounts a tmpfs, and chooses the mode: the ring where there is
+// one, unless WAL_TEST_MODE says mapped.
+func setMode() (done func()) {
+	done = func() {}
+	if ringDir == "" && os.Getuid() == 0 {
+		dir, err := os.MkdirTemp("", "wal-ring-")
+		if err == nil {
+			done = func() { _ = os.Remove(dir) }
+			if err = unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m,mode=0700"); err == nil {
+				ringDir = dir
+				done = func() { _ = unix.Unmount(dir, unix.MNT_DETACH); _ = os.Remove(dir) }
+			}
+		}
+	}
+	if ringDir != "" && os.Getenv("WAL_TEST_MODE") != "mapped" {
+		testMode = ModeRing
+	}
+	return done
+}
+
+// inMode is o in the mode of this test run, unless it names one.
+func inMode(o Options) Options {
+	if o.Mode == ModeAuto {
+		o.Mode = testMode
+	}
+	if o.Mode == ModeRing {
+		o.RingDir = ringDir
+	}
+	return o
+}
+
+func needRing(t testing.TB) {
+	t.Helper()
+	if ringDir == "" {
+		t.Skip("skipped: no tmpfs for a ring: run as root, or set WAL_TEST_RING to a directory on one")
+	}
+}
+
+// The tests ran with the ring: run them again in mapped files.
+func TestInMappedFiles(t *testing.T) {
+	if testMode == ModeMapped {
+		t.Log("this run is in mapped files")
+		return
+	}
+	t.Parallel()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"-test.count=1"}
+	if testing.Short() {
+		args = append(args, "-test.short")
+	}
+	cmd := exec.CommandContext(t.Context(), exe, args...)
+	cmd.Env = append(os.Environ(), "WAL_TEST_MODE=mapped", "WAL_TEST_RING="+ringDir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
 func testOptions() Options {
-	return Options{SegmentBytes: testSegment, MaxBytes: 4 * testSegment}
+	return inMode(Options{SegmentBytes: testSegment, MaxBytes: 4 * testSegment})
 }
 
 func open(t testing.TB, dir string, o Options) (*Log, Recovery) {
 	t.Helper()
-	l, rec, err := Open(dir, o)
+	l, rec, err := Open(dir, inMode(o))
 	if err != nil {
 		t.Fatal(err)
 	}

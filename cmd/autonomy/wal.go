@@ -2,14 +2,19 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/otlp"
@@ -20,13 +25,13 @@ import (
 func newWAL() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "wal",
-		Short: "Read a node's write-ahead log from disk",
+		Short: "Read a node's write-ahead log from disk, and repair it",
 		Long: `Read a node's write-ahead log from disk. The node may be running: nothing here
-locks or changes the log.`,
+locks or changes the log, but for repair, which needs it stopped.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(newWALInspect(), newWALVerify(), newWALExport())
+	c.AddCommand(newWALInspect(), newWALVerify(), newWALExport(), newWALTail(), newWALRepair())
 	return c
 }
 
@@ -50,7 +55,7 @@ func dirFlag(c *cobra.Command) *string {
 // walExit gives an error of reading a log its exit code.
 func walExit(err error) error {
 	switch {
-	case errors.Is(err, wal.ErrDamaged):
+	case errors.Is(err, wal.ErrDamaged), errors.Is(err, wal.ErrUnsigned):
 		return run.Exit(run.Integrity, err)
 	case errors.Is(err, fs.ErrNotExist):
 		return run.Exitf(run.NotFound, "no write-ahead log there: %w", err)
@@ -75,6 +80,8 @@ func newWALInspect() *cobra.Command {
 		defer s.Close()
 		var first, last, records uint64
 		var at wal.Position
+		bar := newProgress(c.ErrOrStderr(), "records read")
+		defer bar.done()
 		for e, err := range s.Records(c.Context()) {
 			if err != nil {
 				return walExit(err)
@@ -82,7 +89,10 @@ func newWALInspect() *cobra.Command {
 			if records == 0 {
 				first = e.Seq
 			}
-			records, last, at = records+1, e.Seq, e.Position
+			records, last, at = records+1, e.Seq+max(e.Lost, 1)-1, e.Position
+			if records%(1<<14) == 0 {
+				bar.set(records)
+			}
 		}
 		info := s.Info()
 		if *format == "json" {
@@ -131,15 +141,35 @@ func newWALVerify() *cobra.Command {
 		Use:   "verify --dir DIR",
 		Short: "Check every record, the sequence and the chain",
 		Long: `Check every record's checksum, that no sequence number is missing, and that the
-chain of commit markers holds. Exit code 6 when the log is damaged.`,
-		Example: "  autonomy wal verify --dir /var/lib/autonomy/node/wal",
-		Args:    usageArgs(cobra.NoArgs),
+chain of commit markers holds. With --key also the signatures of its checkpoints:
+one by another key is damage, and so is a log without any. Exit code 6 when the
+log is damaged.`,
+		Example: `  autonomy wal verify --dir /var/lib/autonomy/node/wal
+  autonomy wal verify --dir wal --key node.pub`,
+		Args: usageArgs(cobra.NoArgs),
 	}
 	format := outputFlag(c)
 	dir := dirFlag(c)
+	keys := c.Flags().StringArray("key", nil, "the node's public key `FILE` (repeatable)")
+	_ = c.MarkFlagFilename("key", "pub")
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		r, err := wal.Verify(c.Context(), *dir)
-		if err != nil && (!errors.Is(err, wal.ErrDamaged) || *format != "json") {
+		var o wal.VerifyOptions
+		for _, name := range *keys {
+			pub, _, err := readPublicKey(name)
+			if err != nil {
+				return err
+			}
+			k, ok := pub.(ed25519.PublicKey)
+			if !ok {
+				return run.Exitf(run.Usage, "%s holds a %T, want an Ed25519 key: logs are signed with those", name, pub)
+			}
+			o.Keys = append(o.Keys, k)
+		}
+		bar := newProgress(c.ErrOrStderr(), "records checked")
+		o.Progress = bar.set
+		r, err := wal.VerifyWith(c.Context(), *dir, o)
+		bar.done()
+		if err != nil && (!errors.Is(err, wal.ErrDamaged) && !errors.Is(err, wal.ErrUnsigned) || *format != "json") {
 			return walExit(err)
 		}
 		out := c.OutOrStdout()
@@ -163,6 +193,12 @@ chain of commit markers holds. Exit code 6 when the log is damaged.`,
 		if r.Uncommitted > 0 || r.TornBytes > 0 {
 			fmt.Fprintf(out, "after the last commit: %d whole records, which the next start keeps; %d torn records (%d bytes), which it cuts: nobody was told of them\n",
 				r.Uncommitted, r.TornRecords, r.TornBytes)
+		}
+		if len(o.Keys) > 0 {
+			fmt.Fprintf(out, "signed up to record %d at %s, %d checkpoints\n", r.SignedSeq, r.SignedAt.Format(time.RFC3339), r.Checkpoints)
+		}
+		if r.Gaps > 0 {
+			fmt.Fprintf(out, "%d loss markers of earlier repairs: %d records are gone\n", r.Gaps, r.Lost)
 		}
 		_, err = fmt.Fprintf(out, "records %d, first %d, last %d, gaps %d, chain ok\n", r.Records, r.First, r.Last, r.Gaps)
 		return err
@@ -189,7 +225,9 @@ func newWALExport() *cobra.Command {
 		Short: "Print the records as NDJSON, oldest first",
 		Long: `Print the records as NDJSON, one a line, oldest first, checking them on the way.
 When the log is damaged the records before the damage are printed, then the
-error; exit code 6. A record that its writer aborted has event_type "void".`,
+error; exit code 6. A record that its writer aborted has event_type "void"; where
+a repair found records gone, one line has event_type "log.loss", the first of
+their sequence numbers, and a body with the range.`,
 		Example: "  autonomy wal export --dir /var/lib/autonomy/node/wal | jq 'select(.decision == \"deny\")'",
 		Args:    usageArgs(cobra.NoArgs),
 	}
@@ -204,8 +242,17 @@ error; exit code 6. A record that its writer aborted has event_type "void".`,
 		out := bufio.NewWriterSize(c.OutOrStdout(), 1<<16)
 		enc := json.NewEncoder(out)
 		enc.SetEscapeHTML(false)
+		bar := newProgress(c.ErrOrStderr(), "records read")
+		if isTerminal(c.OutOrStdout()) {
+			bar = nil // the records themselves show it
+		}
+		defer bar.done()
+		var n uint64
 		for e, err := range s.Records(c.Context()) {
-			if err == nil && e.Seq < *from {
+			if n++; n%(1<<14) == 0 {
+				bar.set(n)
+			}
+			if err == nil && e.Seq+max(e.Lost, 1) <= *from {
 				continue
 			}
 			if err == nil {
@@ -222,6 +269,10 @@ error; exit code 6. A record that its writer aborted has event_type "void".`,
 
 func exportOne(enc *json.Encoder, e wal.Entry) error {
 	line := exported{Seq: e.Seq, Class: e.Class.String(), EventType: "void", Body: json.RawMessage("null")}
+	if e.Lost > 0 {
+		line.EventType, line.Class = "log.loss", wal.ClassError.String()
+		line.Body = fmt.Appendf(nil, `{"first":%d,"last":%d,"records":%d}`, e.Seq, e.Seq+e.Lost-1, e.Lost)
+	}
 	if !e.Void {
 		r, err := otlp.Parse(e.Payload)
 		if err != nil {
@@ -241,4 +292,179 @@ func exportOne(enc *json.Encoder, e wal.Entry) error {
 		}
 	}
 	return enc.Encode(line)
+}
+
+// newWALTail follows a log.
+func newWALTail() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "tail --dir DIR",
+		Short: "Print the newest records as NDJSON, and follow what comes",
+		Long: `Print the newest records as NDJSON, in the form of export. With --follow wait for
+more, until Ctrl-C. Another process may be writing the log; records are shown
+once they are durable.`,
+		Example: "  autonomy wal tail --dir /var/lib/autonomy/node/wal --follow",
+		Args:    usageArgs(cobra.NoArgs),
+	}
+	dir := dirFlag(c)
+	lines := c.Flags().IntP("lines", "n", 10, "start with the newest `N` records")
+	follow := c.Flags().BoolP("follow", "f", false, "wait for more until Ctrl-C")
+	every := c.Flags().Duration("interval", 250*time.Millisecond, "how often --follow looks, 10ms or more")
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		if *lines < 0 || *lines > maxTail || *every < 10*time.Millisecond {
+			return run.Exitf(run.Usage, "--lines is %d, want 0 to %d; --interval is %v, want 10ms or more", *lines, maxTail, *every)
+		}
+		out := bufio.NewWriterSize(c.OutOrStdout(), 1<<16)
+		enc := json.NewEncoder(out)
+		enc.SetEscapeHTML(false)
+		print := func(e wal.Entry) error { return exportOne(enc, e) }
+		var next uint64 // the first that was not printed; 0: nothing was read yet
+		for {
+			var err error
+			next, err = tailOnce(c.Context(), *dir, next, *lines, print)
+			if err = errors.Join(out.Flush(), err); err != nil {
+				if errors.Is(err, context.Canceled) && c.Context().Err() != nil {
+					return nil // Ctrl-C is how a tail ends
+				}
+				return walExit(err)
+			}
+			if !*follow {
+				return nil
+			}
+			select {
+			case <-c.Context().Done():
+				return nil
+			case <-time.After(*every):
+			}
+		}
+	}
+	return c
+}
+
+const maxTail = 100_000 // of --lines
+
+// tailOnce prints the records from next on, or the newest n when next is 0, and
+// returns what comes after them.
+func tailOnce(ctx context.Context, dir string, next uint64, n int, print func(wal.Entry) error) (uint64, error) {
+	s, err := wal.OpenReadOnly(dir)
+	if err != nil {
+		return next, err
+	}
+	defer s.Close()
+	var newest []wal.Entry // a ring of the last n
+	seen, after := 0, max(next, 1)
+	for e, err := range s.RecordsFrom(ctx, next) {
+		if errors.Is(err, wal.ErrOvertaken) {
+			return next, nil // the writer was faster: look again
+		}
+		if err != nil {
+			return next, err
+		}
+		end := e.Seq + max(e.Lost, 1)
+		if next != 0 {
+			if end <= next {
+				continue
+			}
+			if err := print(e); err != nil {
+				return next, err
+			}
+			next = end
+			continue
+		}
+		after = end
+		if n == 0 {
+			continue
+		}
+		if len(newest) < n {
+			newest = append(newest, e)
+		} else {
+			newest[seen%n] = e
+		}
+		seen++
+	}
+	if next != 0 {
+		return next, nil
+	}
+	for i := range newest {
+		if err := print(newest[(seen+i)%len(newest)]); err != nil {
+			return next, err
+		}
+	}
+	return after, nil
+}
+
+func newWALRepair() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "repair --dir DIR",
+		Short: "Make a damaged log one that opens, keeping every whole record",
+		Long: `Make a damaged log one that opens. Every whole record stays, with its sequence
+number; where records are gone a loss marker says which, and export, readers and
+the exporter see it. The damaged slots are first copied to a directory beside the
+log; without room for that nothing is changed. The node must be stopped.`,
+		Example: "  autonomy wal repair --dir /var/lib/autonomy/node/wal",
+		Args:    usageArgs(cobra.NoArgs),
+	}
+	format := outputFlag(c)
+	dir := dirFlag(c)
+	to := c.Flags().String("quarantine", "", "a new `directory` for the damaged slots, DIR.damaged-TIME if not given")
+	_ = c.MarkFlagDirname("quarantine")
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		r, err := wal.Repair(*dir, wal.RepairOptions{Quarantine: *to})
+		if err != nil {
+			return walExit(err)
+		}
+		out := c.OutOrStdout()
+		if *format == "json" {
+			return printJSON(out, r)
+		}
+		if !r.Damaged {
+			_, err := fmt.Fprintln(out, "the log is whole; nothing was changed")
+			return err
+		}
+		fmt.Fprintf(out, "repaired %d slots; %d records in them are whole and kept\n", len(r.Slots), r.Kept)
+		for _, x := range r.Lost {
+			fmt.Fprintf(out, "lost     records %d to %d: %s\n", x.First, x.Last, x.Reason)
+		}
+		_, err = fmt.Fprintf(out, "the damaged slots are in %s: keep them until the loss is explained\n", r.Quarantine)
+		return err
+	}
+	return c
+}
+
+// progress is one line on a terminal that counts; elsewhere it is silent. A nil
+// one does nothing.
+type progress struct {
+	w     io.Writer
+	what  string
+	last  time.Time
+	shown bool
+}
+
+func newProgress(w io.Writer, what string) *progress {
+	if !isTerminal(w) {
+		return nil
+	}
+	return &progress{w: w, what: what, last: time.Now()}
+}
+
+func (p *progress) set(n uint64) {
+	if p == nil || time.Since(p.last) < 200*time.Millisecond {
+		return
+	}
+	p.last, p.shown = time.Now(), true
+	fmt.Fprintf(p.w, "\r%d %s", n, p.what)
+}
+
+func (p *progress) done() {
+	if p != nil && p.shown {
+		fmt.Fprint(p.w, "\r\x1b[K")
+	}
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }
