@@ -29,6 +29,7 @@ type Config struct {
 	Sync        time.Duration     // batched: the longest a decision is only in memory
 	WALMax      conf.Size         // ceiling of the log
 	WALSegment  conf.Size         // one slot of the log
+	WALRing     string            // tmpfs directory for the log's ring; empty: mapped files
 	KeepFree    conf.Size         // bytes that the log never takes from the file system
 	OTLP        string            // grpc://HOST:PORT, http://…; empty: not exported
 	OTLPPack    string            // compression of exports: none, gzip, zstd; empty: by endpoint
@@ -82,6 +83,7 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.DurationVar(&c.Sync, "sync-interval", c.Sync, "longest time a decision is only in memory, with --durability batched")
 	fs.Var(&c.WALMax, "wal-max-bytes", "ceiling of the log on disk; at it, calls are denied")
 	fs.Var(&c.WALSegment, "wal-segment-bytes", "size of one log segment")
+	fs.StringVar(&c.WALRing, "wal-ring-dir", c.WALRing, "encode records in a ring on the tmpfs `DIR`, such as a tmpfs of its own below /run, and write them past the page cache (default: mapped files)")
 	fs.Var(&c.KeepFree, "keep-free", "space of the file system that the log never takes")
 	fs.StringVar(&c.OTLP, "otlp-endpoint", c.OTLP, "ship the log to `URL`: grpc://HOST:PORT, or http://… with the whole path")
 	fs.StringVar(&c.OTLPPack, "otlp-compression", c.OTLPPack, "compress exports with `NAME`: none, gzip or zstd (default: gzip, and none for gRPC on loopback)")

@@ -9,12 +9,10 @@ package node
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -33,7 +31,6 @@ import (
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/run"
-	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/internal/vfs"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
@@ -68,6 +65,8 @@ func Daemon() run.Daemon {
 type node struct {
 	cfg     Config
 	id      string
+	signer  crypto.Signer // of the log's checkpoints
+	keyID   string
 	log     *slog.Logger
 	started time.Time
 
@@ -103,6 +102,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err // before anything is written: the directory may not be ours
 	}
 	if n.id, err = identity(cfg); err != nil {
+		return err
+	}
+	if n.signer, n.keyID, err = logKey(cfg); err != nil {
 		return err
 	}
 	n.log = log.With("node", n.id)
@@ -211,41 +213,6 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	return err
 }
 
-// identity reads the node's name, or makes one and keeps it.
-func identity(cfg Config) (string, error) {
-	if cfg.NodeID != "" {
-		return cfg.NodeID, nil
-	}
-	dir := filepath.Join(cfg.StateDir, "identity")
-	path := filepath.Join(dir, "node.json")
-	var id struct {
-		NodeID string `json:"node_id"`
-	}
-	data, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return "", fmt.Errorf("node identity: %w", err)
-	default:
-		if err := strictjson.Unmarshal(data, &id); err != nil || !nodeIDPattern.MatchString(id.NodeID) {
-			return "", run.Exitf(run.Integrity, "node identity %s is damaged: restore it, or give --node-id", path)
-		}
-		return id.NodeID, nil
-	}
-	var b [5]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return "", err
-	}
-	id.NodeID = "node-" + hex.EncodeToString(b[:])
-	if err := vfs.MkdirAll(dir, 0o700); err != nil {
-		return "", err
-	}
-	if err := vfs.WriteFile(path, fmt.Appendf(nil, "{\"node_id\":%q}\n", id.NodeID), 0o600); err != nil {
-		return "", fmt.Errorf("node identity: %w", err)
-	}
-	return id.NodeID, nil
-}
-
 // assure probes the platform and refuses to start below the minimum.
 func (n *node) assure(ctx context.Context) error {
 	level, err := assurance.ParseLevel(n.cfg.MinLevel)
@@ -316,7 +283,7 @@ func (n *node) openLog(ctx context.Context) error {
 		r.log, r.rec, r.err = wal.Open(filepath.Join(n.cfg.StateDir, "wal"), wal.Options{
 			SegmentBytes: int64(n.cfg.WALSegment), MaxBytes: int64(n.cfg.WALMax), KeepFree: int64(n.cfg.KeepFree),
 			SyncInterval: n.cfg.Sync, Watermark: n.cfg.CP != "" && n.cfg.OTLP != "", Logger: n.log,
-			Progress: n.provisioning(),
+			Progress: n.provisioning(), Signer: n.signer, RingDir: n.cfg.WALRing,
 		})
 		opened <- r
 	}()
@@ -677,6 +644,7 @@ func (n *node) writeMetrics(w io.Writer) {
 // Status is the body of GET /v1/status.
 type Status struct {
 	NodeID     string            `json:"node_id"`
+	KeyID      string            `json:"key_id"` // signs the log's checkpoints; identity/node.pub
 	Version    string            `json:"version"`
 	StartedAt  time.Time         `json:"started_at"`
 	Durability string            `json:"durability"`
@@ -698,7 +666,7 @@ type PolicyStatus struct {
 }
 
 func (n *node) status() any {
-	s := Status{NodeID: n.id, Version: run.Version, StartedAt: n.started, Durability: n.cfg.Durability, Listen: n.addrs,
+	s := Status{NodeID: n.id, KeyID: n.keyID, Version: run.Version, StartedAt: n.started, Durability: n.cfg.Durability, Listen: n.addrs,
 		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.wal.Stats(), Labels: n.cfg.Labels, Assurance: *n.report.Load()}
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta

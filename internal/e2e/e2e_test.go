@@ -18,6 +18,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -48,7 +49,7 @@ type fleet struct {
 	sequence                 int
 }
 
-func newFleet(t *testing.T) *fleet {
+func newFleet(t *testing.T, nodeArgs ...string) *fleet {
 	t.Helper()
 	f := &fleet{t: t, dir: t.TempDir(), autonomy: testutil.Build(t, "autonomy")}
 	root, err := testutil.Root()
@@ -70,10 +71,10 @@ func newFleet(t *testing.T) *fleet {
 	f.relay = testutil.Command{Path: testutil.Build(t, "autonomy-relay"), Args: []string{"--listen", "127.0.0.1:0", "--state-dir", f.path("relay"),
 		"--upstream", "http://" + f.registry.Addr, "--trust", f.path("keyring.json"), "--max-bytes", "128MiB", "--keep-free", "16MiB"}}.Start(t)
 	f.relayURL = "http://" + f.relay.Addr(t)
-	f.node = testutil.Command{Path: testutil.Build(t, "autonomy-node"), Args: []string{"--listen", nodeAddr, "--listen", "unix:" + f.path("node.sock"),
+	f.node = testutil.Command{Path: testutil.Build(t, "autonomy-node"), Args: append([]string{"--listen", nodeAddr, "--listen", "unix:" + f.path("node.sock"),
 		"--state-dir", f.path("node"), "--tools", f.path("quickstart", "tools.yaml"), "--cp-url", f.cpURL, "--relay-url", f.relayURL,
 		"--trust", f.path("keyring.json"), "--otlp-endpoint", "grpc://" + f.collector.GRPC, "--node-id", "n-1",
-		"--poll-interval", "100ms", "--heartbeat-interval", "1s", "--wal-max-bytes", "32MiB", "--wal-segment-bytes", "4MiB", "--keep-free", "16MiB"}}.Start(t)
+		"--poll-interval", "100ms", "--heartbeat-interval", "1s", "--wal-max-bytes", "32MiB", "--wal-segment-bytes", "4MiB", "--keep-free", "16MiB"}, nodeArgs...)}.Start(t)
 	f.node.Addr(t)
 	return f
 }
@@ -202,6 +203,7 @@ type nodeStatus struct {
 	WAL struct {
 		ID         string `json:"id"`
 		DurableSeq uint64 `json:"durable_seq"`
+		Mode, Why  string
 	} `json:"wal"`
 	Release struct {
 		Active *struct {
@@ -540,7 +542,33 @@ func (f *fleet) wantRefused(id, step, code, active string) {
 // TestCrash kills the node again and again under load. Every call that was
 // answered is in its log and arrives at the control plane; the policy comes back.
 func TestCrash(t *testing.T) {
-	f := newFleet(t)
+	t.Run("mapped", func(t *testing.T) { testCrash(t) })
+	t.Run("ring", func(t *testing.T) { testCrash(t, "--wal-ring-dir", tmpfs(t)) })
+}
+
+// tmpfs mounts a small one for the log's ring.
+func tmpfs(t *testing.T) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("not root: a tmpfs of the test's own cannot be mounted")
+	}
+	dir := filepath.Join(t.TempDir(), "ring")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64m,mode=700"); err != nil {
+		t.Fatalf("mount a tmpfs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	return dir
+}
+
+func testCrash(t *testing.T, nodeArgs ...string) {
+	f := newFleet(t, nodeArgs...)
 	f.rollOut("1.0.0")
 	before, err := f.status()
 	if err != nil {
@@ -610,6 +638,15 @@ func TestCrash(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.wantWatermark(s)
+	if want := map[bool]string{true: "ring", false: "file-mapped"}[len(nodeArgs) > 0]; s.WAL.Mode != want {
+		t.Errorf("the log ran in mode %q (%s), want %q", s.WAL.Mode, s.WAL.Why, want)
+	}
+	if code := f.node.Stop(t); code != run.OK {
+		t.Errorf("the node ended with %d", code)
+	}
+	if out := f.cli("wal", "verify", "--dir", f.path("node", "wal"), "--key", f.path("node", "identity", "node.pub")); !strings.Contains(out, "chain ok") || !strings.Contains(out, "signed up to") {
+		t.Error(out)
+	}
 	t.Logf("%d calls answered over 5 kills, %d in the log", len(answered), len(logged))
 }
 

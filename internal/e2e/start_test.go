@@ -50,6 +50,7 @@ func TestRefusesToStart(t *testing.T) {
 		{"tools with a slip", "autonomy-node", append([]string{"--tools", write("t.yaml", "tools:\n  tool.ecko: {}\n"), state("c")}, small...), run.Usage, "t.yaml:2"},
 		{"endpoint of no scheme", "autonomy-node", append([]string{"--otlp-endpoint=collector:4317", state("c")}, small...), run.Usage, "want grpc://HOST:PORT"},
 		{"damaged identity", "autonomy-node", append([]string{state("d")}, small...), run.Integrity, "identity"},
+		{"damaged node key", "autonomy-node", append([]string{state("k")}, small...), run.Integrity, "node key"},
 		{"state directory that leads away", "autonomy-node", append([]string{state("linked")}, small...), run.Assurance, "state"},
 		{"log too small", "autonomy-node", []string{"--wal-max-bytes=1MiB", "--wal-segment-bytes=1MiB", state("e")}, run.Usage, "at least three segments"},
 		{"control plane beyond loopback", "autonomy-cp", []string{"--listen=0.0.0.0:8888", state("f")}, run.Usage, "loopback"},
@@ -58,8 +59,11 @@ func TestRefusesToStart(t *testing.T) {
 		{"relay without upstream", "autonomy-relay", []string{"--listen=127.0.0.1:0", state("g")}, run.Usage, "upstream"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if tc.name == "damaged identity" {
+			switch tc.name {
+			case "damaged identity":
 				write("d/identity/node.json", `{"node_id":"../x"}`)
+			case "damaged node key":
+				write("k/identity/node.key", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
 			}
 			p := testutil.Command{Path: testutil.Build(t, tc.program), Args: tc.args}.Start(t)
 			if code := p.Wait(t, timeout); code != tc.code || !strings.Contains(p.Stderr.String(), tc.want) {
