@@ -346,6 +346,7 @@ type segment struct {
 	*slot
 	id    uint64
 	first uint64             // sequence of its first record
+	prev  pos                // where the one before ends, as its header says
 	key   uint64             // of the current epoch
 	last  [NumClasses]uint64 // newest sequence per class; guarded by Log.mu
 	marks []mark             // its index, ascending; guarded by Log.mu, entries never change

@@ -94,8 +94,12 @@ func openSnapshot(dir string) (_ *Snapshot, err error) {
 			return nil, err
 		}
 	}
-	if err := link(s.segs); err != nil {
+	var gone []*found
+	if s.segs, gone, err = link(s.segs); err != nil {
 		return nil, err
+	}
+	for _, x := range gone {
+		s.slots[x.slot] = SlotStats{Slot: x.slot, State: slotFree.String()}
 	}
 	if err := checkTop(s.segs, s.meta); err != nil {
 		return nil, err

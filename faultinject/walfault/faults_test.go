@@ -49,9 +49,6 @@ func TestDeviceFault(t *testing.T) {
 		{"all flushes", powercut.Flush, func(int) bool { return true }, false, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.head && !c.final && os.Getenv("FAULT_HEADER") == "" {
-				t.Skip("known fault, to be mended in wal: a segment whose header never reached the disk is still named by its successor, and the log is refused; FAULT_HEADER=1 runs it")
-			}
 			for _, fstype := range powercut.FileSystems {
 				t.Run(fstype, func(t *testing.T) {
 					t.Parallel()
