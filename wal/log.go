@@ -497,16 +497,17 @@ func (l *Log) lockDir() error {
 		return fmt.Errorf("identify %s: %w", l.dir, err)
 	}
 	l.dirIno = st.Ino
-	if err := f.Truncate(0); err != nil {
-		return err
-	}
-	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
-	return err
+	// The pid only tells people who has the lock: a disk that is full must not
+	// keep the log closed. One width, so that nothing is left of an older one.
+	_, _ = f.WriteAt(fmt.Appendf(nil, "%-*d\n", pidWidth-1, os.Getpid()), 0)
+	return nil
 }
+
+const pidWidth = 20
 
 // lockHolder reads the pid that the holder of the lock wrote.
 func lockHolder(f *os.File) string {
-	var b [20]byte
+	var b [pidWidth]byte
 	n, _ := f.ReadAt(b[:], 0)
 	if pid := strings.TrimSpace(string(b[:n])); pid != "" {
 		return pid
