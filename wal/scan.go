@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"os"
 	"slices"
 
 	"github.com/zeebo/blake3"
@@ -47,6 +48,7 @@ type found struct {
 	m      []byte
 	head   header
 	epochs []epoch
+	file   *os.File // of a Snapshot
 }
 
 func (s *found) damage(off int64, seq uint64, format string, args ...any) error {
