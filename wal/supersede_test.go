@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func eightSlots() Options {
@@ -66,12 +67,30 @@ func firstSyncFails(t *testing.T, dir string) (l *Log, last uint64, slot string)
 	return l, last, slot
 }
 
+// noted waits until meta says that the newest segment was durable, so that its
+// loss is noticed.
+func noted(t *testing.T, l *Log) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		l.metaMu.Lock()
+		top := l.meta.top
+		l.metaMu.Unlock()
+		if top == l.Stats().Tail.Segment {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("meta names segment %d, not the newest", top)
+		}
+	}
+}
+
 // The first sync of a segment fails, so that nobody knows what of it is on disk:
 // not even its header may be. Whatever is, what was acknowledged afterwards is
 // there, also when the slots before and behind it were used again.
 func TestSupersededSegment(t *testing.T) {
 	t.Parallel()
 	l, last, slot := firstSyncFails(t, t.TempDir())
+	noted(t, l)
 	states := []struct {
 		when string
 		im   image
@@ -81,6 +100,7 @@ func TestSupersededSegment(t *testing.T) {
 		last = appendN(t, l, 5)
 		wait(t, l, last)
 	}
+	noted(t, l)
 	states = append(states, struct {
 		when string
 		im   image
