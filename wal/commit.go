@@ -282,6 +282,11 @@ func (l *Log) rotate() {
 		l.mu.Unlock()
 		seg, page := l.newLife(s, old.id+1, first, pos{old.id, end})
 		err := l.writeLive(s, page)
+		if err != nil {
+			// One copy may have reached the disk, and the segment before goes on
+			// beyond the end that it names: it must not stand at the next start.
+			err = errors.Join(err, os.Remove(s.file.Name()), vfs.SyncDir(l.dir))
+		}
 		l.mu.Lock()
 		if err != nil {
 			l.o.Logger.Error("write-ahead log: a slot cannot be written and is left out", "slot", s.index, "err", err)
@@ -319,7 +324,9 @@ func (l *Log) newLife(s *slot, id, first uint64, prev pos) (*segment, []byte) {
 	}
 	page := pageAligned(pageSize)
 	h.put(page)
-	return newSegment(s, id, first, []epoch{{dataStart, h.key}}), page
+	seg := newSegment(s, id, first, []epoch{{dataStart, h.key}})
+	seg.prev = prev
+	return seg, page
 }
 
 // writeLive writes both copies of a segment's header: from the ring durably, as
@@ -415,7 +422,13 @@ func (l *Log) moveOn(seg *segment, g *group) {
 	all := newGroup()
 	all.first, all.last, all.start = g.first, g2.last, dataStart
 	all.count = all.last + 1 - all.first
-	next, page := l.newLife(s, seg.id+1, g.first, pos{seg.id, g.start})
+	prev := pos{seg.id, g.start}
+	if g.start == dataStart {
+		// Nothing of seg is durable, maybe not even its header: so the next one
+		// takes its place (superseded).
+		prev = seg.prev
+	}
+	next, page := l.newLife(s, seg.id+1, g.first, prev)
 	var src []byte
 	switch {
 	case l.ring != nil:

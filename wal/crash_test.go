@@ -450,6 +450,18 @@ func TestCeilingOnSmallFileSystem(t *testing.T) {
 	if _, err := Verify(t.Context(), dir+"/a"); err != nil {
 		t.Fatal(err)
 	}
+	// Nothing can be written to lock: who has the log is then unknown, no more.
+	if err := os.Truncate(dir+"/a/lock", 0); err != nil {
+		t.Fatal(err)
+	}
+	_ = os.WriteFile(dir+"/junk2", junk, 0o600)
+	if err := os.WriteFile(dir+"/full", []byte("x"), 0o600); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("the file system is not full: %v", err)
+	}
+	open(t, dir+"/a", o)
+	if _, _, err := Open(dir+"/a", o); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "pid unknown") {
+		t.Fatalf("second Open: %v", err)
+	}
 }
 
 func TestCeiling(t *testing.T) {

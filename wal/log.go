@@ -346,6 +346,7 @@ type segment struct {
 	*slot
 	id    uint64
 	first uint64             // sequence of its first record
+	prev  pos                // where the one before ends, as its header says
 	key   uint64             // of the current epoch
 	last  [NumClasses]uint64 // newest sequence per class; guarded by Log.mu
 	marks []mark             // its index, ascending; guarded by Log.mu, entries never change
@@ -496,16 +497,17 @@ func (l *Log) lockDir() error {
 		return fmt.Errorf("identify %s: %w", l.dir, err)
 	}
 	l.dirIno = st.Ino
-	if err := f.Truncate(0); err != nil {
-		return err
-	}
-	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
-	return err
+	// The pid only tells people who has the lock: a disk that is full must not
+	// keep the log closed. One width, so that nothing is left of an older one.
+	_, _ = f.WriteAt(fmt.Appendf(nil, "%-*d\n", pidWidth-1, os.Getpid()), 0)
+	return nil
 }
+
+const pidWidth = 20
 
 // lockHolder reads the pid that the holder of the lock wrote.
 func lockHolder(f *os.File) string {
-	var b [20]byte
+	var b [pidWidth]byte
 	n, _ := f.ReadAt(b[:], 0)
 	if pid := strings.TrimSpace(string(b[:n])); pid != "" {
 		return pid

@@ -356,9 +356,11 @@ func fillUp(t *testing.T, l *Log) bool {
 
 func TestLockedAndModes(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wal")
+	must(t, os.MkdirAll(dir, 0o700))
+	must(t, os.WriteFile(filepath.Join(dir, "lock"), []byte("18446744073709551615\n"), 0o600)) // an older one was longer
 	open(t, dir, smallOptions())
 	_, _, err := Open(dir, smallOptions())
-	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("pid %d", os.Getpid())) {
+	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", os.Getpid())) {
 		t.Fatalf("second Open: %v", err)
 	}
 	info, err := os.Stat(dir)

@@ -18,6 +18,9 @@ type Record struct {
 	Payload []byte // in a Batch or Snapshot a view: valid until Release or Close
 }
 
+// End is the last sequence number that r stands for: its own, but for a loss.
+func (r Record) End() uint64 { return r.Seq + max(r.Lost, 1) - 1 }
+
 // Batch is records that stand one after the other in one mapping.
 type Batch struct {
 	Records []Record
@@ -288,15 +291,44 @@ func (l *Log) find(seq uint64) (*segment, int64) {
 // Get copies the record seq. Errors: ErrNotFound when it is not durable yet, not
 // in the log any more, lost, or void; ErrClosed, ErrDamaged.
 func (l *Log) Get(seq uint64) ([]byte, Class, error) {
+	payload, f, err := l.get(seq)
+	switch {
+	case err != nil:
+		return nil, 0, err
+	case f.kind == kindLoss:
+		return nil, ClassError, fmt.Errorf("%w: %d is gone: the log was damaged and repaired", ErrNotFound, seq)
+	case f.void():
+		return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
+	}
+	return payload, f.class(), nil
+}
+
+// LossAt is the loss that covers the record seq: the first and the last record
+// that are gone, and when Repair found that. Errors: ErrNotFound when seq is not
+// durable yet, not in the log any more, or not lost; ErrClosed, ErrDamaged.
+func (l *Log) LossAt(seq uint64) (first, last uint64, found time.Time, err error) {
+	payload, f, err := l.get(seq)
+	switch {
+	case err != nil:
+		return 0, 0, time.Time{}, err
+	case f.kind != kindLoss:
+		return 0, 0, time.Time{}, fmt.Errorf("%w: %d is not lost", ErrNotFound, seq)
+	}
+	x := parseLoss(payload)
+	return x.first, x.last, time.Unix(0, int64(x.time)).UTC(), nil
+}
+
+// get copies what stands for seq: a record, or the loss marker that covers it.
+func (l *Log) get(seq uint64) ([]byte, frame, error) {
 	for {
 		l.mu.Lock()
 		switch {
 		case l.closed:
 			l.mu.Unlock()
-			return nil, 0, ErrClosed
+			return nil, frame{}, ErrClosed
 		case seq == 0 || seq > l.durable.Load() || seq < l.live[0].first:
 			l.mu.Unlock()
-			return nil, 0, fmt.Errorf("%w: %d", ErrNotFound, seq)
+			return nil, frame{}, fmt.Errorf("%w: %d", ErrNotFound, seq)
 		}
 		seg, off := l.find(seq)
 		v := l.view(seg, off)
@@ -305,15 +337,10 @@ func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 		if !v.done() {
 			continue
 		}
-		switch {
-		case err != nil:
-			return nil, 0, fmt.Errorf("read record %d: %w", seq, err)
-		case f.kind == kindLoss:
-			return nil, ClassError, fmt.Errorf("%w: %d is gone: the log was damaged and repaired", ErrNotFound, seq)
-		case f.void():
-			return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
+		if err != nil {
+			return nil, frame{}, fmt.Errorf("read record %d: %w", seq, err)
 		}
-		return payload, f.class(), nil
+		return payload, f, nil
 	}
 }
 

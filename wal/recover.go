@@ -36,7 +36,8 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 			segs = append(segs, x)
 		}
 	}
-	if err := link(segs); err != nil {
+	segs, _, err := link(segs)
+	if err != nil {
 		return err
 	}
 	if err := checkTop(segs, l.meta); err != nil {
@@ -62,6 +63,7 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 	var t tail
 	for i, s := range segs {
 		seg := newSegment(l.slots[s.slot], s.head.id, s.head.first, s.epochs)
+		seg.prev = pos{s.head.prevID, int64(s.head.prevEnd)}
 		var next *found
 		if i+1 < len(segs) {
 			next = segs[i+1]

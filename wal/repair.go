@@ -137,6 +137,7 @@ type repair struct {
 	meta   meta
 	files  []mapped // by slot
 	broken []int    // slots that hold nothing that can be read, or a segment twice
+	stale  []int    // slots of segments that were superseded
 	pieces []*piece // oldest first
 	h      *blake3.Hasher
 }
@@ -178,6 +179,10 @@ func (r *repair) plan(rep *RepairReport) error {
 			segs = slices.Delete(segs, i, i+1)
 			i--
 		}
+	}
+	segs, gone := superseded(segs)
+	for _, s := range gone {
+		r.stale = append(r.stale, s.slot)
 	}
 	if len(segs) == 0 {
 		return &DamageError{Reason: "no slot holds a segment: there is nothing to keep"}
@@ -315,7 +320,7 @@ func (r *repair) insert(rep *RepairReport, h, next header) error {
 		}
 	}
 	for i := 0; slot < 0 && i < r.meta.slots; i++ { // none: one that is free
-		if h, found, err := peekHeader(filepath.Join(r.dir, slotName(i))); err == nil && !used[i] && (!found || h.state != stateLive) {
+		if h, found, err := peekHeader(filepath.Join(r.dir, slotName(i))); err == nil && !used[i] && (!found || h.state != stateLive || slices.Contains(r.stale, i)) {
 			slot = i
 		}
 	}
@@ -420,7 +425,17 @@ func (r *repair) touched() (slots []int) {
 			slots = append(slots, i)
 		}
 	}
-	return slots
+	if len(slots) == 0 {
+		return nil // superseded segments alone are no damage
+	}
+	// First, while their successors' headers still say that they are.
+	var first []int
+	for _, i := range r.stale {
+		if !live[i] {
+			first = append(first, i)
+		}
+	}
+	return append(first, slots...)
 }
 
 // quarantine copies the slots that will be written, as they are.

@@ -1,10 +1,12 @@
 package wal
 
 import (
+	"cmp"
 	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"hash"
+	"os"
 	"slices"
 
 	"github.com/zeebo/blake3"
@@ -46,6 +48,7 @@ type found struct {
 	m      []byte
 	head   header
 	epochs []epoch
+	file   *os.File // of a Snapshot
 }
 
 func (s *found) damage(off int64, seq uint64, format string, args ...any) error {
@@ -64,15 +67,33 @@ func keyAt(epochs []epoch, off int64) uint64 {
 	return k
 }
 
-// link puts segments in order and checks that none is missing between the
-// oldest and the newest.
-func link(segs []*found) error {
-	slices.SortFunc(segs, func(a, b *found) int {
-		if a.head.id < b.head.id {
-			return -1
+// superseded splits segments, which are in order, into those that count and
+// those that a later one took the place of: the first sync of such a one failed,
+// so that its successor begins with the same record, behind the same segment.
+func superseded(segs []*found) (kept, gone []*found) {
+	for _, s := range slices.Backward(segs) {
+		if n := len(kept); n > 0 {
+			a, b := s.head, kept[n-1].head
+			if a.id < b.id && a.prevID == b.prevID && a.prevEnd == b.prevEnd && a.first == b.first && a.chain == b.chain {
+				gone = append(gone, s)
+				continue
+			}
 		}
-		return 1
-	})
+		kept = append(kept, s)
+	}
+	slices.Reverse(kept)
+	return kept, gone
+}
+
+// link puts segments in order, leaves out those that were superseded, and
+// checks that none is missing between the oldest and the newest.
+func link(segs []*found) (kept, gone []*found, err error) {
+	slices.SortFunc(segs, func(a, b *found) int { return cmp.Compare(a.head.id, b.head.id) })
+	kept, gone = superseded(segs)
+	return kept, gone, checkLinks(kept)
+}
+
+func checkLinks(segs []*found) error {
 	for i, s := range segs[min(1, len(segs)):] {
 		prev := segs[i]
 		switch {

@@ -49,7 +49,7 @@ func (l *Log) provision(rec *Recovery) error {
 		page := make([]byte, 2*pageSize)
 		l.meta.put(page)
 		l.meta.put(page[pageSize:])
-		if err := vfs.WriteFile(l.path("meta"), page, 0o600); err != nil {
+		if err := vfs.WritePreparedFile(l.path("meta"), page, 0o600, noCopyOnWrite); err != nil {
 			return err
 		}
 	case err != nil:
@@ -127,7 +127,7 @@ func (l *Log) rewriteMeta() error {
 	l.meta.generation++
 	l.meta.put(page)
 	l.meta.put(page[pageSize:])
-	return vfs.WriteFile(l.path("meta"), page, 0o600)
+	return vfs.WritePreparedFile(l.path("meta"), page, 0o600, noCopyOnWrite)
 }
 
 // checkUnused refuses to make a log over slots that hold one.

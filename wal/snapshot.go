@@ -26,6 +26,7 @@ type Snapshot struct {
 	tail  tail
 	walk  *walk
 	keys  []ed25519.PublicKey
+	seen  uint64 // last record that a scan has passed on
 
 	partial bool // segs does not begin with the oldest
 }
@@ -94,8 +95,12 @@ func openSnapshot(dir string) (_ *Snapshot, err error) {
 			return nil, err
 		}
 	}
-	if err := link(s.segs); err != nil {
+	var gone []*found
+	if s.segs, gone, err = link(s.segs); err != nil {
 		return nil, err
+	}
+	for _, x := range gone {
+		s.slots[x.slot] = SlotStats{Slot: x.slot, State: slotFree.String()}
 	}
 	if err := checkTop(s.segs, s.meta); err != nil {
 		return nil, err
@@ -137,6 +142,9 @@ func (s *Snapshot) openSlot(dir string, i int) error {
 	if file.m, err = mapFile(f, s.meta.slotBytes, false, true); err != nil {
 		return err
 	}
+	if s.live { // the owner may write past the page cache
+		dropCache(f, file.m, 0, dataStart)
+	}
 	l := &Log{id: s.meta.logID, slotBytes: s.meta.slotBytes}
 	var x *found
 	if e := guard(func() { x, err = l.identify(&slot{index: i, m: file.m}) }); e != nil {
@@ -148,6 +156,7 @@ func (s *Snapshot) openSlot(dir string, i int) error {
 	st := SlotStats{Slot: i, State: "free"}
 	if x != nil {
 		st = SlotStats{Slot: i, State: "live", Segment: x.head.id, FirstSeq: x.head.first}
+		x.file = f
 		s.segs = append(s.segs, x)
 	}
 	s.slots = append(s.slots, st)
@@ -203,6 +212,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 	}
 	w := newWalk(s.segs[0])
 	w.keys = s.keys
+	s.seen = 0
 	s.walk = w
 	for i, x := range s.segs {
 		var next *found
@@ -210,8 +220,13 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 			next = s.segs[i+1]
 		}
 		readAhead(x.m)
+		if s.live && next == nil {
+			_ = guard(func() { refreshEnd(x.file, x) }) // a fault is met again below
+		}
 		var group []Entry // of records whose marker is still to come
 		var err error
+		begin, try := *w, 0
+	again:
 		fault := guard(func() {
 			s.tail, err = w.segment(x, next, func(f frame) error {
 				if f.control() || len(group) == maxHeld {
@@ -219,6 +234,10 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 						return err
 					}
 					for _, e := range group {
+						if e.Seq <= s.seen {
+							continue // before the segment was read again
+						}
+						s.seen = e.End()
 						if !fn(e) {
 							return errStop
 						}
@@ -252,8 +271,18 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 			err = x.damage(0, w.next, "the file cannot be read: %v", fault)
 		}
 		if err != nil {
-			if _, damaged := errors.AsType[*DamageError](err); damaged && s.live && s.recycled(x) {
-				return fmt.Errorf("segment %d was recycled: %w", x.head.id, ErrOvertaken)
+			if _, damaged := errors.AsType[*DamageError](err); damaged && s.live {
+				if s.recycled(x) {
+					return fmt.Errorf("segment %d was recycled: %w", x.head.id, ErrOvertaken)
+				}
+				if try++; try <= rereads {
+					// A page that was cached beside a direct write of the owner may be
+					// old: what counts stands on disk.
+					time.Sleep(time.Duration(try) * time.Millisecond)
+					dropCache(x.file, x.m, 0, int64(len(x.m)))
+					*w, group = begin, group[:0]
+					goto again
+				}
 			}
 			return err
 		}
@@ -264,6 +293,10 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 	}
 	return checkCursors(s.segs[0], w.next-1, s.meta)
 }
+
+// rereads bounds how often a segment of a log in use is read again from disk
+// before it counts as damaged.
+const rereads = 3
 
 const progressEvery = 1 << 14 // records
 

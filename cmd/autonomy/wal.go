@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/autonomyops/autonomy/internal/conf"
+	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/wal"
@@ -89,7 +90,7 @@ func newWALInspect() *cobra.Command {
 			if records == 0 {
 				first = e.Seq
 			}
-			records, last, at = records+1, e.Seq+max(e.Lost, 1)-1, e.Position
+			records, last, at = records+1, e.End(), e.Position
 			if records%(1<<14) == 0 {
 				bar.set(records)
 			}
@@ -226,7 +227,7 @@ func newWALExport() *cobra.Command {
 		Long: `Print the records as NDJSON, one a line, oldest first, checking them on the way.
 When the log is damaged the records before the damage are printed, then the
 error; exit code 6. A record that its writer aborted has event_type "void"; where
-a repair found records gone, one line has event_type "log.loss", the first of
+a repair found records gone, one line has event_type "log.lost", the first of
 their sequence numbers, and a body with the range.`,
 		Example: "  autonomy wal export --dir /var/lib/autonomy/node/wal | jq 'select(.decision == \"deny\")'",
 		Args:    usageArgs(cobra.NoArgs),
@@ -252,7 +253,7 @@ their sequence numbers, and a body with the range.`,
 			if n++; n%(1<<14) == 0 {
 				bar.set(n)
 			}
-			if err == nil && e.Seq+max(e.Lost, 1) <= *from {
+			if err == nil && e.End() < *from {
 				continue
 			}
 			if err == nil {
@@ -270,8 +271,8 @@ their sequence numbers, and a body with the range.`,
 func exportOne(enc *json.Encoder, e wal.Entry) error {
 	line := exported{Seq: e.Seq, Class: e.Class.String(), EventType: "void", Body: json.RawMessage("null")}
 	if e.Lost > 0 {
-		line.EventType, line.Class = "log.loss", wal.ClassError.String()
-		line.Body = fmt.Appendf(nil, `{"first":%d,"last":%d,"records":%d}`, e.Seq, e.Seq+e.Lost-1, e.Lost)
+		line.EventType, line.Class = event.LogLost, wal.ClassError.String()
+		line.Body = fmt.Appendf(nil, `{"first":%d,"last":%d,"records":%d}`, e.Seq, e.End(), e.Lost)
 	}
 	if !e.Void {
 		r, err := otlp.Parse(e.Payload)
@@ -359,7 +360,7 @@ func tailOnce(ctx context.Context, dir string, next uint64, n int, print func(wa
 		if err != nil {
 			return next, err
 		}
-		end := e.Seq + max(e.Lost, 1)
+		end := e.End() + 1
 		if next != 0 {
 			if end <= next {
 				continue

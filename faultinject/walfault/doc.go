@@ -17,6 +17,5 @@
 // Environment: FAULT_SEED chooses the seed (default: of the day, printed),
 // FAULT_STATES the power cuts per file system (default 40; `make fault-wal` takes
 // 500), FAULT_KEEP a directory for recordings of rounds that failed, FAULT_REPLAY
-// one such recording to be checked again with the FAULT_SEED it was made with,
-// FAULT_HEADER=1 runs the case that the log is known to fail.
+// one such recording to be checked again with the FAULT_SEED it was made with.
 package walfault

@@ -34,6 +34,7 @@ const (
 	NodeStopped    = "node.stopped"    // clean shutdown
 	NodeHeartbeat  = "node.heartbeat"  // body: status summary
 	LogVoid        = "log.void"        // a sequence number whose record was cut off while it was written: nobody was told of it
+	LogLost        = "log.lost"        // stands in for a record that a repair of the log found gone; body: first, last of them all
 	LogRefused     = "log.refused"     // stands in for a record that the endpoint refused for ever; body: bytes, why
 	NodeAssurance  = "node.assurance"  // the platform's level changed; body: was, is, refused
 	PolicyLoaded   = "policy.loaded"   // an operator's local bundle became active

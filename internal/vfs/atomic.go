@@ -13,7 +13,13 @@ import (
 // the old bytes or the new ones, durable before it returns: temporary file in
 // the same directory, fsync, rename, directory fsync. On error path is as it
 // was, and the temporary file is removed.
-func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
+func WriteFile(path string, data []byte, perm fs.FileMode) error {
+	return WritePreparedFile(path, data, perm, nil)
+}
+
+// WritePreparedFile is WriteFile, but calls prepare with the new file while it
+// is empty: for attributes that cannot be set later. A nil prepare is not called.
+func WritePreparedFile(path string, data []byte, perm fs.FileMode, prepare func(*os.File) error) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".tmp-*")
 	if err != nil {
@@ -26,6 +32,11 @@ func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 	}()
 	if err := f.Chmod(perm); err != nil {
 		return err
+	}
+	if prepare != nil {
+		if err := prepare(f); err != nil {
+			return err
+		}
 	}
 	if _, err := f.Write(data); err != nil {
 		return err

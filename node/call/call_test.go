@@ -506,3 +506,42 @@ func TestBatchedAnswersBeforeTheDisk(t *testing.T) {
 	}
 	r.wantRecords("decision allow", "action allow ok")
 }
+
+// TestRecoverAfterRepair: a repair found the end of the log gone, of more than
+// one record. The node starts all the same; a call whose action is gone has an
+// unknown outcome.
+func TestRecoverAfterRepair(t *testing.T) {
+	r := newRig(t, policy, nil)
+	first := r.do(`{"kind":"tool.echo","params":{"text":"a"}}`)
+	r.do(`{"kind":"tool.echo","params":{"text":"b"}}`)
+	last := uint64(len(r.records()))
+	if err := errors.Join(r.log.AdvanceAll(last), r.log.Close()); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(r.dir, "wal")
+	slot := filepath.Join(dir, "slot-0000")
+	data, err := os.ReadFile(slot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(data, []byte(first.AuditID))
+	at += 1 + bytes.Index(data[at+1:], []byte(first.AuditID)) // in the action
+	clear(data[at:])
+	if err := os.WriteFile(slot, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rep, err := wal.Repair(dir, wal.RepairOptions{})
+	if err != nil || len(rep.Lost) != 1 || rep.Lost[0].First != 2 || rep.Lost[0].Last != last {
+		t.Fatalf("%+v, %v: want records 2 to %d lost", rep, err, last)
+	}
+	if unknown := r.open(); unknown != 1 {
+		t.Fatalf("%d outcomes unknown, want 1", unknown)
+	}
+	if err := r.log.Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	recs, err := r.p.Find(t.Context(), first.AuditID, call.Caller{Type: "anonymous", ID: "loopback"})
+	if err != nil || len(recs) != 2 || recs[1].Seq != last+1 || !strings.Contains(string(recs[1].Body), "outcome_unknown") {
+		t.Fatalf("%+v, %v", recs, err)
+	}
+}

@@ -211,7 +211,7 @@ func (p *Pipeline) Recover(ctx context.Context) (unknown int, err error) {
 			return 0, fmt.Errorf("read the log: %w", err)
 		}
 		for _, raw := range b.Records {
-			next = raw.Seq
+			next = raw.End()
 			if raw.Void || raw.Class != wal.ClassDecision && raw.Class != wal.ClassAction {
 				continue
 			}
@@ -329,7 +329,7 @@ func (p *Pipeline) Find(ctx context.Context, auditID string, c Caller) ([]Record
 			return out, fmt.Errorf("read the log: %w", err)
 		}
 		for _, raw := range b.Records {
-			next = raw.Seq
+			next = raw.End()
 			if raw.Class != wal.ClassAction || !bytes.Contains(raw.Payload, []byte(auditID)) {
 				continue
 			}

@@ -23,6 +23,10 @@
 // the log until it needs the space. An endpoint that does not know the method,
 // the path or the compression is set up wrongly: nothing is given up for that.
 //
+// Records that are not in the log have stand-ins, so that the receiver sees every
+// number: log.void for one that its writer cut off, log.lost for each that
+// wal.Repair found gone, in requests of the usual size.
+//
 // # Order
 //
 // While at most one batch is behind, records go out in the log's order. When

@@ -82,7 +82,15 @@ func (e *Exporter) collect(ctx context.Context, l *lane, classes []wal.Class, ta
 		used, full := false, false
 		for i := range b.Records {
 			rec := &b.Records[i]
-			if classes == nil || slices.Contains(classes, rec.Class) && rec.Seq > e.o.Log.Cursor(rec.Class) {
+			switch wanted := classes == nil || slices.Contains(classes, rec.Class) && rec.End() > e.o.Log.Cursor(rec.Class); {
+			case wanted && rec.Lost > 0:
+				if full, err = e.lost(c, *rec); err != nil {
+					b.Release()
+					l.reader = nil
+					c.release()
+					return nil, err
+				}
+			case wanted:
 				payload := rec.Payload
 				if rec.Void {
 					payload = e.void(*rec)
@@ -94,7 +102,10 @@ func (e *Exporter) collect(ctx context.Context, l *lane, classes []wal.Class, ta
 				c.bytes += len(payload)
 				used = used || !rec.Void
 			}
-			c.end = rec.Seq
+			if full {
+				break
+			}
+			c.end = rec.End()
 		}
 		if used {
 			c.hold.batches = append(c.hold.batches, b)
@@ -112,6 +123,31 @@ func (e *Exporter) collect(ctx context.Context, l *lane, classes []wal.Class, ta
 	}
 }
 
+// lost stands in for records that a repair found gone, one for each of them: the
+// receiver must see every sequence number. They are as many as fit c; full says
+// that there are more, which the next chunk begins with. All of them tell of the
+// whole loss, so that a repeat is the same event wherever it begins.
+func (e *Exporter) lost(c *chunk, gone wal.Record) (full bool, err error) {
+	first, last, found, err := e.o.Log.LossAt(gone.Seq)
+	if err != nil {
+		return false, err
+	}
+	r := otlp.Record{TimeUnixNano: uint64(max(found.UnixNano(), 1)), Severity: otlp.Error, EventType: event.LogLost, LogID: e.o.Log.ID(),
+		Class: gone.Class.String(), Body: fmt.Appendf(nil, `{"first":%d,"last":%d}`, first, last)}
+	size := r.Size()
+	for seq := gone.Seq; seq <= gone.End(); seq++ {
+		if len(c.items) == e.o.BatchRecords || len(c.items) > 0 && c.bytes+size > e.o.BatchBytes {
+			return true, nil
+		}
+		b := make([]byte, size)
+		r.Put(b, seq)
+		c.items = append(c.items, item{seq: seq, payload: b})
+		c.bytes += size
+		c.end = seq
+	}
+	return false, nil
+}
+
 // void stands in for a record that was cut off while it was written: the
 // receiver must see every sequence number, or it waits for it for ever. Its time
 // is that of the record before it, so that a repeat is the same event.
@@ -120,6 +156,9 @@ func (e *Exporter) void(v wal.Record) []byte {
 	for seq := v.Seq - 1; seq > 0; seq-- {
 		payload, _, err := e.o.Log.Get(seq)
 		if err != nil && errors.Is(err, wal.ErrNotFound) && seq > e.o.Log.Stats().OldestSeq {
+			if first, _, _, err := e.o.Log.LossAt(seq); err == nil {
+				seq = first
+			}
 			continue // void, too
 		}
 		if before, perr := otlp.Parse(payload); err == nil && perr == nil {

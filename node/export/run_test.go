@@ -30,6 +30,7 @@ type fake struct {
 	mu       sync.Mutex
 	batches  [][]uint64
 	held     map[uint64]wal.Class
+	content  map[uint64]string // of what was sent, taken or not; nil: not kept
 	attempts []time.Time
 	answer   func(seqs []uint64) error // nil: take it
 }
@@ -60,6 +61,14 @@ func (s *fake) send(_ context.Context, f *frame) (int64, string, time.Duration, 
 		}
 		seqs = append(seqs, seq)
 		classes[seq] = class
+		s.mu.Lock()
+		if s.content != nil {
+			if was, again := s.content[seq]; again && was != lr.String() {
+				s.t.Errorf("record %d was %s, and is %s when it is sent again", seq, was, lr)
+			}
+			s.content[seq] = lr.String()
+		}
+		s.mu.Unlock()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
