@@ -98,7 +98,7 @@ func (r *Reader) Next(ctx context.Context, maxRecords, maxBytes int) (Batch, err
 		v := l.view(seg, off)
 		l.mu.Unlock()
 		b, err := r.read(v, off, durable, maxRecords, maxBytes)
-		if err == errOverrun {
+		if errors.Is(err, errOverrun) {
 			continue // what was in the ring is in the slot
 		}
 		return b, err

@@ -489,7 +489,7 @@ func pwritev(f *os.File, b [][]byte, off int64) error {
 	for {
 		n, err := unix.Pwritev(int(f.Fd()), b, off)
 		switch {
-		case err == unix.EINTR:
+		case errors.Is(err, unix.EINTR):
 			continue
 		case err == nil && n != total:
 			err = fmt.Errorf("%d of %d bytes were written: %w", n, total, unix.EIO)
