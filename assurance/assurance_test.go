@@ -14,6 +14,8 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/autonomyops/autonomy/assurance/cgroup"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -94,7 +96,7 @@ func TestProbe(t *testing.T) {
 // v2 exists: an eBPF refusal seen from inside.
 func TestProbeAsRoot(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("not root: cgroups cannot be made")
+		testutil.Missing(t, "root, to make cgroups", "run as root")
 	}
 	r := Probe(t.Context(), Options{})
 	for _, name := range []string{"cgroup_v2", "ebpf_connect", "landlock", "seccomp"} {
@@ -163,7 +165,7 @@ func TestStateDir(t *testing.T) {
 func TestSyncOnTmpfsIsDegraded(t *testing.T) {
 	const shm = "/dev/shm"
 	if out, err := exec.Command("stat", "-f", "-c", "%T", shm).Output(); err != nil || strings.TrimSpace(string(out)) != "tmpfs" {
-		t.Skip("no tmpfs at /dev/shm")
+		testutil.Missing(t, "a tmpfs at /dev/shm", "mount one")
 	}
 	dir, err := os.MkdirTemp(shm, "assurance-test-")
 	if err != nil {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 // TestMain runs this binary as the child of TestKill when asked to.
@@ -402,12 +404,12 @@ func TestFaultInMapping(t *testing.T) {
 // The ceiling on a file system that is hardly larger than the log.
 func TestCeilingOnSmallFileSystem(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("skipped: mounting a small tmpfs needs root")
+		testutil.Missing(t, "root, to mount a small tmpfs", "run as root")
 	}
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2m,nr_inodes=32,mode=0700"); err != nil {
 		if errors.Is(err, unix.EPERM) {
-			t.Skip("skipped: root may not mount here: ", err)
+			testutil.Missing(t, "a small tmpfs", err.Error())
 		}
 		t.Fatal(err)
 	}

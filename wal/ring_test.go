@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 func ringOptions(t testing.TB) Options {
@@ -31,7 +33,7 @@ func TestModeChoice(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=128k,mode=0700"); err != nil {
-		t.Skip("skipped: mounting a small tmpfs needs root: ", err)
+		testutil.Missing(t, "a small tmpfs", "run as root: "+err.Error())
 	}
 	t.Cleanup(func() { _ = unix.Unmount(small, unix.MNT_DETACH) })
 	base := Options{SegmentBytes: testSegment, MaxBytes: 2 * testSegment, RingDir: ringDir}

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 const testSegment = 256 << 10
@@ -55,7 +57,7 @@ func inMode(o Options) Options {
 func needRing(t testing.TB) {
 	t.Helper()
 	if ringDir == "" {
-		t.Skip("skipped: no tmpfs for a ring: run as root, or set WAL_TEST_RING to a directory on one")
+		testutil.Missing(t, "a tmpfs for a ring", "run as root, or set WAL_TEST_RING to a directory on one")
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 func TestMountinfo(t *testing.T) {
@@ -43,7 +45,7 @@ func TestOwnPath(t *testing.T) {
 func parent(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("not root: cgroups cannot be made")
+		testutil.Missing(t, "root, to make cgroups", "run as root")
 	}
 	parents, err := Parents()
 	if errors.Is(err, ErrNone) {
@@ -144,7 +146,7 @@ func TestSweep(t *testing.T) {
 
 func TestMountPrivate(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("not root: nothing can be mounted")
+		testutil.Missing(t, "root, to mount", "run as root")
 	}
 	dir, release, err := MountPrivate()
 	if err != nil {

@@ -10,11 +10,13 @@ import (
 
 	"github.com/autonomyops/autonomy/assurance/cgroup"
 	"github.com/autonomyops/autonomy/assurance/child"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 func TestRefuseConnect4(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("not root: bpf(2) is not allowed")
+		testutil.Missing(t, "root, for bpf(2)", "run as root")
 	}
 	parents, err := cgroup.Parents()
 	if err != nil {

@@ -550,7 +550,7 @@ func TestCrash(t *testing.T) {
 func tmpfs(t *testing.T) string {
 	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("not root: a tmpfs of the test's own cannot be mounted")
+		testutil.Missing(t, "root, to mount a tmpfs", "run as root")
 	}
 	dir := filepath.Join(t.TempDir(), "ring")
 	if err := os.Mkdir(dir, 0o700); err != nil {

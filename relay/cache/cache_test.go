@@ -17,6 +17,8 @@ import (
 
 	"github.com/autonomyops/autonomy/assurance/disk"
 	"github.com/autonomyops/autonomy/relay/oci"
+
+	"github.com/autonomyops/autonomy/internal/testutil"
 )
 
 const kib = 1024
@@ -243,7 +245,7 @@ func TestEviction(t *testing.T) {
 func mount(t *testing.T, fstype string, size int64) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skipf("%s: mounting needs root", fstype)
+		testutil.Missing(t, "root, to mount "+fstype, "run as root")
 	}
 	dir := filepath.Join(t.TempDir(), "m")
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -252,7 +254,7 @@ func mount(t *testing.T, fstype string, size int64) string {
 	switch fstype {
 	case "tmpfs":
 		if err := unix.Mount("t", dir, "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
-			t.Skipf("tmpfs cannot be mounted here: %v", err)
+			testutil.Missing(t, "a tmpfs", err.Error())
 		}
 	default:
 		img := filepath.Join(t.TempDir(), "img")
@@ -264,10 +266,10 @@ func mount(t *testing.T, fstype string, size int64) string {
 			t.Fatal(err)
 		}
 		if out, err := exec.Command("mkfs."+fstype, "-q", "-F", img).CombinedOutput(); err != nil {
-			t.Skipf("mkfs.%s: %v %s", fstype, err, out)
+			testutil.Missing(t, "mkfs."+fstype, fmt.Sprintf("run: make setup (%v %s)", err, out))
 		}
 		if out, err := exec.Command("mount", "-o", "loop", img, dir).CombinedOutput(); err != nil {
-			t.Skipf("loop mount: %v %s", err, out)
+			testutil.Missing(t, "a loop mount", fmt.Sprintf("%v %s", err, out))
 		}
 	}
 	t.Cleanup(func() {
