@@ -1,11 +1,13 @@
 package export
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -22,19 +24,36 @@ import (
 func (b *bench) damage() []wal.Loss {
 	b.t.Helper()
 	dir := filepath.Join(b.dir, "wal")
-	edit := func(slot string, change func([]byte)) {
-		data, err := os.ReadFile(filepath.Join(dir, slot))
+	// Which slot holds which segment depends on when each was prepared.
+	snap, err := wal.OpenReadOnly(dir)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	var live []wal.SlotStats
+	for _, s := range snap.Info().Slots {
+		if s.Segment != 0 {
+			live = append(live, s)
+		}
+	}
+	snap.Close()
+	slices.SortFunc(live, func(x, y wal.SlotStats) int { return cmp.Compare(x.Segment, y.Segment) })
+	if len(live) < 4 {
+		b.t.Fatalf("%d live segments, want 4: %+v", len(live), live)
+	}
+	slot := func(s wal.SlotStats) string { return filepath.Join(dir, fmt.Sprintf("slot-%04d", s.Slot)) }
+	edit := func(s wal.SlotStats, change func([]byte)) {
+		data, err := os.ReadFile(slot(s))
 		if err == nil {
 			change(data)
-			err = os.WriteFile(filepath.Join(dir, slot), data, 0o600)
+			err = os.WriteFile(slot(s), data, 0o600)
 		}
 		if err != nil {
 			b.t.Fatal(err)
 		}
 	}
-	edit("slot-0000", func(data []byte) { clear(data[20000:24000]) })
-	edit("slot-0001", func(data []byte) { clear(data[8192:]) })
-	if err := os.Remove(filepath.Join(dir, "slot-0003")); err != nil {
+	edit(live[0], func(data []byte) { clear(data[20000:24000]) })
+	edit(live[1], func(data []byte) { clear(data[8192:]) })
+	if err := os.Remove(slot(live[len(live)-1])); err != nil {
 		b.t.Fatal(err)
 	}
 	rep, err := wal.Repair(dir, wal.RepairOptions{})
