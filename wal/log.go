@@ -484,7 +484,14 @@ func (l *Log) lockDir() error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			break
+		}
+		if errors.Is(err, unix.EWOULDBLOCK) && time.Since(begin) < lockWait {
+			continue
+		}
 		defer f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return fmt.Errorf("%w (pid %s): stop it, or give this one a directory of its own", ErrLocked, lockHolder(f))
@@ -527,6 +534,12 @@ func (l *Log) Close() error {
 		l.mu.Unlock()
 		close(l.stop)
 		l.ended.Wait()
+		if l.err() == nil {
+			// The preparer may have ended before it came to that.
+			if e := l.noteTop(); e != nil {
+				l.o.Logger.Error("write-ahead log: cannot write the meta file", "err", e)
+			}
+		}
 		l.mu.Lock()
 		err = l.failed
 		close(l.open.done) // its readers and waiters look again, and see that the log is closed
@@ -566,8 +579,19 @@ func (l *Log) unmap() {
 	l.mu.Unlock()
 	l.metaFile.close()
 	if l.lock != nil {
-		l.lock.Close() // and with it the flock
+		unlock(l.lock)
 	}
+}
+
+// lockWait is how long Open waits for a lock that somebody holds in passing: a
+// reader that asks whether the log is in use.
+const lockWait = 100 * time.Millisecond
+
+// unlock closes a file whose flock is held. Closing alone may leave it held for a
+// moment: by a child that was forked and has not called execve yet.
+func unlock(f *os.File) {
+	_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+	f.Close()
 }
 
 func (s *slot) unmap() {

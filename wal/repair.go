@@ -107,7 +107,7 @@ func Repair(dir string, o RepairOptions) (rep RepairReport, err error) {
 	if err := l.lockDir(); err != nil {
 		return rep, fmt.Errorf("repair write-ahead log %s: %w", dir, err)
 	}
-	defer l.lock.Close()
+	defer unlock(l.lock)
 	r := &repair{dir: dir, at: time.Now()}
 	defer r.close()
 	if err := r.plan(&rep); err != nil {

@@ -232,7 +232,7 @@ func (r *ring) close() {
 	unmapMemory(r.head)
 	unmapMemory(r.m)
 	r.head, r.m = nil, nil
-	r.file.Close()
+	unlock(r.file)
 }
 
 // removeRing removes this log's ring of an earlier process.
