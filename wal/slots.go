@@ -270,17 +270,21 @@ func (l *Log) makeSlot(i int) (err error) {
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, l.slotBytes); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
 	}
-	zero := make([]byte, 1<<20)
-	for off := int64(0); off < l.slotBytes; off += int64(len(zero)) {
-		if _, err := f.WriteAt(zero[:min(int64(len(zero)), l.slotBytes-off)], off); err != nil {
+	// Page by page: a larger write leaves larger folios in the page cache, of which
+	// a store through the mapping would make the next sync write all. So a mapped
+	// slot is in memory already.
+	zero := make([]byte, pageSize)
+	for off := int64(0); off < l.slotBytes; off += pageSize {
+		if _, err := f.WriteAt(zero, off); err != nil {
 			return err
 		}
 	}
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	// Drop the large folios that writing made; the mapping reads single pages.
-	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // advice only
+	if l.o.RingDir != "" && l.o.Mode != ModeMapped {
+		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // direct writes would only have to drop it
+	}
 	return nil
 }
 

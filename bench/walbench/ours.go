@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/bench/walbench/leg"
+	daemon "github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/wal"
 )
 
@@ -28,7 +29,7 @@ type ours struct {
 }
 
 func openOurs(dir string, s leg.Spec) (leg.Log, error) {
-	o := wal.Options{SegmentBytes: s.Segment, MaxBytes: slots * s.Segment}
+	o := wal.Options{SegmentBytes: s.Segment, MaxBytes: slots * s.Segment, RingDir: ringDir()}
 	follow := s.Mode == leg.Durable || s.Mode == leg.NoWait
 	if !follow {
 		// Everything is kept, frames and markers included, and two slots are free.
@@ -103,4 +104,10 @@ func (w *ours) Close() error {
 	w.stop()
 	w.done.Wait()
 	return w.log.Close()
+}
+
+// ringDir is the directory in memory that a node would use.
+func ringDir() string {
+	dir, _ := daemon.RuntimeDir("walbench")
+	return dir
 }
