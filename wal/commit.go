@@ -83,7 +83,7 @@ func (l *Log) remind() {
 // for a moment.
 func (l *Log) join() {
 	begin := time.Now()
-	came, limit := begin, max(joinFor, l.took)
+	came, limit := begin, min(max(2*l.took, joinMin), joinMax)
 	for last := 0; ; {
 		l.mu.Lock()
 		n := l.open.waiters

@@ -77,12 +77,12 @@ const (
 	maxSegment = 1 << 30
 	maxSlots   = 4096
 
-	// joinFor bounds how long the committer lets arrivals join a group while
-	// they keep coming; it is about half of what the sync costs.
-	joinFor = 60 * time.Microsecond
-	// quiet is how long nobody may come before it stops waiting for those who
-	// have not.
-	quiet = 10 * time.Microsecond
+	// A commit lets those join who keep coming, until all are there who waited last
+	// time, nobody has come for quiet, or the whole took twice as long as the last
+	// sync; at least joinMin and at most joinMax.
+	quiet   = 20 * time.Microsecond
+	joinMin = 60 * time.Microsecond
+	joinMax = time.Millisecond
 
 	indexEvery = 16 << 10 // bytes of a segment per entry of its index in memory
 )

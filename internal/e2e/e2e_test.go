@@ -542,7 +542,7 @@ func (f *fleet) wantRefused(id, step, code, active string) {
 // TestCrash kills the node again and again under load. Every call that was
 // answered is in its log and arrives at the control plane; the policy comes back.
 func TestCrash(t *testing.T) {
-	t.Run("mapped", func(t *testing.T) { testCrash(t) })
+	t.Run("mapped", func(t *testing.T) { testCrash(t, "--wal-ring-dir", "none") })
 	t.Run("ring", func(t *testing.T) { testCrash(t, "--wal-ring-dir", tmpfs(t)) })
 }
 
