@@ -63,6 +63,7 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	if kick {
 		l.kickCommitter()
 	}
+	failpoint("reserved")
 	return Reservation{
 		Seq: seq, Buf: b[frameHeader : frameHeader+size : frameHeader+size],
 		g: g, frame: b, key: seg.key, off: off, class: c, fault: debug.SetPanicOnFault(true),
@@ -125,6 +126,7 @@ func (r *Reservation) publish(kind byte, payload []byte) (stored bool) {
 	}
 	failpoint("encoded")
 	putFrame(r.frame, r.key, r.off, len(r.Buf), kind, r.Seq)
+	failpoint("published")
 	return true
 }
 
@@ -223,6 +225,7 @@ func (l *Log) lead() {
 	l.remind()
 	l.commits.Unlock()
 	wake.all()
+	failpoint("woken")
 }
 
 func (l *Log) kickCommitter() {

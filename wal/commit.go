@@ -199,6 +199,7 @@ func (l *Log) persist(seg *segment, g *group, end int64, flags uint64) error {
 	}); err != nil {
 		return err
 	}
+	failpoint("marked")
 	begin := time.Now()
 	to := end + markerFrame
 	if g.signed {
@@ -309,7 +310,9 @@ func (l *Log) rotate() {
 		end := l.tail // after a checkpoint, if there is one
 		l.mu.Unlock()
 		seg, page := l.newLife(s, old.id+1, first, pos{old.id, end})
+		failpoint("rotating")
 		err := l.writeLive(s, page)
+		failpoint("live")
 		if err != nil {
 			// One copy may have reached the disk, and the segment before goes on
 			// beyond the end that it names: it must not stand at the next start.
@@ -326,6 +329,7 @@ func (l *Log) rotate() {
 			l.stats.mu.Lock()
 			l.stats.rotations++
 			l.stats.mu.Unlock()
+			failpoint("rotated")
 		}
 	}
 	l.rotating = false
@@ -366,6 +370,7 @@ func (l *Log) writeLive(s *slot, page []byte) error {
 	}
 	return guard(func() {
 		copy(s.m, page)
+		failpoint("one header")
 		copy(s.m[pageSize:], page)
 	})
 }
@@ -455,6 +460,7 @@ func (l *Log) moveOn(seg *segment, g *group, cause error) {
 		prev = seg.prev
 	}
 	next, page := l.newLife(s, seg.id+1, g.first, prev)
+	failpoint("moving")
 	var src []byte
 	switch {
 	case l.ring != nil:
@@ -465,6 +471,7 @@ func (l *Log) moveOn(seg *segment, g *group, cause error) {
 		src = seg.m[g.start:tail]
 	}
 	end, rest, err := l.moveTo(next, page, src, seg.key, g.start, all)
+	failpoint("moved")
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
@@ -495,6 +502,7 @@ func (l *Log) moveTo(next *segment, page, src []byte, key uint64, start int64, a
 			return 0, nil, err
 		}
 		if end, err = carry(src, key, start, next, next.m[dataStart:], all); err == nil {
+			failpoint("carried")
 			err = l.persist(next, all, end, 0)
 		}
 		return end, nil, err
@@ -509,6 +517,7 @@ func (l *Log) moveTo(next *segment, page, src []byte, key uint64, start int64, a
 	if err := l.writeDirect(next.slot, [][]byte{buf[:(n+pageSize-1)&^(pageSize-1)]}, dataStart); err != nil {
 		return 0, nil, err
 	}
+	failpoint("carried")
 	if err := l.writeLive(next.slot, page); err != nil {
 		return 0, nil, err
 	}
@@ -756,6 +765,7 @@ func (l *Log) writeHeader(s *slot, page []byte) error {
 		if err := l.o.sync(s.file); err != nil {
 			return err
 		}
+		failpoint("one free")
 	}
 	return nil
 }

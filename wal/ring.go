@@ -215,6 +215,7 @@ func (l *Log) makeRing() (_ *ring, err error) {
 		return nil, err
 	}
 	putRingHead(r.head, id, size, r.key)
+	failpoint("ring made")
 	return r, nil
 }
 
@@ -338,6 +339,7 @@ func (l *Log) replay(x *found) (n int64, why string, err error) {
 		off += k.size
 	}
 	copy(x.m[at.durable:], w[:last])
+	failpoint("replayed")
 	return last, "", nil
 }
 
