@@ -50,7 +50,6 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	seg.last[c] = seq
 	seg.note(seq, off)
 	g.count++
-	g.pending.Add(1)
 	clock, kick := g.count == 1 && !l.armed.Load(), l.tail > l.soft && !l.pressed
 	if kick {
 		l.pressed = true

@@ -18,7 +18,7 @@ type group struct {
 	wanted  bool   // somebody waits; guarded by Log.mu
 	signed  bool   // a checkpoint follows its marker; set when it closes
 	fault   atomic.Bool
-	pending atomic.Int64  // records not yet published, and one until it closes
+	pending atomic.Int64  // unsettled less the records published; when it is closed, those not yet published
 	drained chan struct{} // the last of them was
 
 	over    sync.Cond     // it ended: those who cannot be cancelled wait here
@@ -32,6 +32,9 @@ type refusal struct {
 	err   error
 }
 
+// unsettled is more than a group ever has records.
+const unsettled = 1 << 40
+
 func (l *Log) newGroup() *group {
 	g := &group{drained: make(chan struct{}, 1)}
 	g.over.L = released{&l.mu}
@@ -44,19 +47,20 @@ func (g *group) reset(start int64, first uint64) {
 	g.start, g.first, g.last, g.count, g.waiters = start, first, 0, 0, 0
 	g.wanted, g.signed = false, false
 	g.fault.Store(false)
-	g.pending.Store(1)
+	g.pending.Store(unsettled)
 }
 
-// release takes one record off the pending ones.
+// release says that one of its records is published.
 func (g *group) release() {
 	if g.pending.Add(-1) == 0 {
 		g.drained <- struct{}{}
 	}
 }
 
-// drain waits until every record of a group that takes no more is published.
+// drain waits until all records of a group that takes no more are published; count
+// does not change any more.
 func (g *group) drain() {
-	if g.pending.Add(-1) != 0 {
+	if g.pending.Add(int64(g.count)-unsettled) != 0 {
 		<-g.drained
 	}
 }

@@ -4,12 +4,13 @@
 //
 // The life of a record: Reserve assigns the next sequence number and hands out
 // that many bytes of a memory-mapped file; the caller encodes into them in
-// place; Commit seals them with a keyed checksum. One goroutine, the committer,
-// joins what has arrived into a group, writes a commit marker that continues a
-// BLAKE3 chain, makes the whole group durable at once, and wakes everybody who
-// waits. The mapped file is either a ring on a tmpfs, from which the committer
-// writes to disk past the page cache, or the file on disk itself, which it syncs
-// (see Mode). Readers get views. When all consumers are past a file and space is needed, it is used again.
+// place; Commit seals them with a keyed checksum. One goroutine at a time, the
+// committer or somebody who waits, joins what has arrived into a group, writes a
+// commit marker that continues a BLAKE3 chain, makes the whole group durable at
+// once, and wakes everybody who waits. The mapped file is either a ring on a
+// tmpfs, from which a commit writes to disk past the page cache, or the file on
+// disk itself, which it syncs (see Mode). Readers get views. When all consumers
+// are past a file and space is needed, it is used again.
 //
 // The files ("slots") are written in full when the log is made and never grow:
 // the disk ceiling holds by construction, and a full disk can only be met then.

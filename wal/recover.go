@@ -220,6 +220,7 @@ func (l *Log) resume(s *found, w *walk, t tail) error {
 	l.open = l.newGroup()
 	l.open.reset(w.group.off, w.next-w.count)
 	l.open.count = w.count
+	l.open.pending.Add(-int64(w.count)) // published by another process
 	return nil
 }
 
