@@ -93,9 +93,8 @@ func sides(batch bool, names ...string) (out []side) {
 	return out
 }
 
-// all is our default mode first, then the other one, then the rest.
 func all(parts ...[]side) (out []side) {
-	out = []side{sideOurs, {name: nameMapped}}
+	out = []side{sideOurs}
 	for _, p := range parts {
 		out = append(out, p...)
 	}
@@ -114,12 +113,12 @@ var (
 func full() (out []block) {
 	for _, size := range []int{300, 1024} {
 		out = append(out, block{kind: kindDurable, size: size, waiters: 1,
-			sides: all(sides(false, nameFdatasync, nameDirect), sides(false, everyone...))})
+			sides: all(sides(false, nameMapped, nameFdatasync, nameDirect), sides(false, everyone...))})
 		for _, w := range []int{64, 256, 1024} {
 			out = append(out, block{kind: kindDurable, size: size, waiters: w,
-				sides: all(sides(true, nameFdatasync, nameDirect), sides(false, everyone...), sides(true, batchable...))})
+				sides: all(sides(false, nameMapped), sides(true, nameFdatasync, nameDirect), sides(false, everyone...), sides(true, batchable...))})
 		}
-		out = append(out, block{kind: kindNoWait, size: size, records: 100_000, sides: all(sides(false, buffered...))})
+		out = append(out, block{kind: kindNoWait, size: size, records: 100_000, sides: all(sides(false, nameMapped), sides(false, buffered...))})
 	}
 	for _, size := range []int{300, 1024} {
 		out = append(out, block{kind: kindDrain, size: size, records: 128 << 20 / size, sides: all(sides(false, batchable...))},
@@ -134,12 +133,12 @@ func full() (out []block) {
 func quick() []block {
 	return []block{
 		{kind: kindDurable, size: 300, waiters: 1,
-			sides: all(sides(false, nameFdatasync, nameDirect, namePebble))},
+			sides: all(sides(false, nameMapped, nameFdatasync, nameDirect, namePebble))},
 		{kind: kindDurable, size: 300, waiters: 64,
-			sides: all(sides(true, nameFdatasync, nameDirect), sides(false, nameTidwall, nameBbolt, namePebble), sides(true, batchable...))},
+			sides: all(sides(true, nameFdatasync, nameDirect), sides(false, nameMapped, nameTidwall, nameBbolt, namePebble), sides(true, batchable...))},
 		{kind: kindDurable, size: 300, waiters: 1024,
-			sides: all(sides(true, nameFdatasync, nameDirect), sides(false, namePebble), sides(true, "prometheus wlog", namePebble))},
-		{kind: kindNoWait, size: 300, records: 100_000, sides: all(sides(false, namePebble, "prometheus wlog"))},
+			sides: all(sides(true, nameFdatasync, nameDirect), sides(false, nameMapped, namePebble), sides(true, "prometheus wlog", namePebble))},
+		{kind: kindNoWait, size: 300, records: 100_000, sides: all(sides(false, nameMapped, namePebble, "prometheus wlog"))},
 		{kind: kindDrain, size: 1024, records: 64 << 10, sides: all(sides(false, namePebble, "prometheus wlog"))},
 		{kind: kindFrame, size: 300, records: 32 << 10, sides: all(sides(false, nameMarshal))},
 		{kind: kindOpen, size: 1024, records: 32 << 10, sides: all()},

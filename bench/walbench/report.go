@@ -103,7 +103,7 @@ func (r *report) rows() (out []results.Row) {
 func (r *report) best(b int, m metric, ok func(side) bool) (best side, found bool) {
 	top := 0.0
 	for _, s := range r.options.plan[b].sides[1:] {
-		if !ok(s) || strings.HasPrefix(s.name, "floor") {
+		if _, mine := own[s.name]; mine || !ok(s) {
 			continue
 		}
 		if v := results.Median(r.values(b, s, m)); v > top {
