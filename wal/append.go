@@ -24,8 +24,8 @@ type Reservation struct {
 
 // Reserve takes the next sequence number and size bytes for a record of class
 // c. It allocates nothing and waits for the disk only when a segment is full
-// and its last group is not durable yet, or when the ring is full. Errors: ErrCeilingExceeded, ErrClosed,
-// ErrTooLarge, ErrFailed.
+// and its last group is not durable yet, or when the ring is full. Errors:
+// ErrCeilingExceeded, ErrClosed, ErrTooLarge, ErrFailed.
 func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	if c >= NumClasses {
 		return Reservation{}, fmt.Errorf("reserve: unknown %v", c)

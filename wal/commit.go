@@ -106,16 +106,13 @@ func (l *Log) commit(flags uint64) wake {
 	seg, g, end := l.cur, l.open, l.tail
 	g.last = l.next - 1
 	l.tail += markerFrame
-	fresh := l.unused
-	if fresh == nil {
+	fresh := l.closing // ended; but who was refused may not have looked yet
+	if fresh == nil || fresh.refused.Load() != nil {
 		fresh = l.newGroup()
 	}
 	fresh.reset(l.tail, l.next)
 	if g.signed = l.checkpointDue(flags&markerClosed != 0); g.signed {
 		l.tail += checkpointFrame // of the next group's chain
-	}
-	if l.unused = l.closing; l.unused != nil && l.unused.refused.Load() != nil {
-		l.unused = nil // those who waited for it may not have looked yet
 	}
 	l.closing, l.open = g, fresh
 	l.pressed, l.soft = false, l.tail+l.softBytes()

@@ -108,8 +108,9 @@ func fixed(b []byte, seq uint64) {
 	}
 }
 
+// The tests that start processes do not run beside others: until it becomes
+// another program, a new process has the locks of this one.
 func TestKill(t *testing.T) {
-	t.Parallel()
 	dir := t.TempDir()
 	exe, err := os.Executable()
 	if err != nil {

@@ -7,8 +7,9 @@ import (
 
 // group is what one sync makes durable: the records from one marker to the next.
 // Two take turns, so that a commit allocates nothing: one is open while the other
-// is being made durable, and that one is used again when the next closes. Who was
-// woken may still look at it then, and only at refused.
+// is made durable, and that one opens again when the next closes. Who was woken
+// may still look at it then, and only at refused; who waits in its next life may
+// be woken with them, and looks again.
 type group struct {
 	start   int64  // offset of its first frame in the segment
 	first   uint64 // its first sequence

@@ -280,7 +280,6 @@ type Log struct {
 	next     uint64    // its sequence
 	open     *group    // takes records
 	closing  *group    // being made durable, or the last that was
-	unused   *group    // for the next commit; nil: make one
 	ceil     int64     // no frame of cur may pass it: the end of the slot, or of the ring
 	soft     int64     // a tail beyond it starts a commit although nobody waits
 	pressed  bool      // the ring fills up: commit although nobody waits
@@ -293,8 +292,8 @@ type Log struct {
 	rotating bool      // reservations wait for a new segment
 	failed   error     // final
 	closed   bool
-	unmapped bool       // Close is done with the mappings: the last view gives its slot back
-	slots    []*slot    //
+	unmapped bool // Close is done with the mappings: the last view gives its slot back
+	slots    []*slot
 	live     []*segment // oldest first; the last is cur
 	full     bool       // the ceiling was hit and told to the logger
 
