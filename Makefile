@@ -66,7 +66,7 @@ fuzz: ## Run every fuzz target for FUZZTIME
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh $(PKG)
 
 .PHONY: fault-wal
-fault-wal: ## Cut the power under the log 500 times on ext4, xfs and btrfs (root; FAULT_STATES, FAULT_SEED)
+fault-wal: ## Cut the power under the log 500 times on ext4, xfs and btrfs, with and without its ring (root; FAULT_STATES, FAULT_SEED)
 	@FAULT_STATES=$${FAULT_STATES:-500} CGO_ENABLED=0 go test -count=1 -v -timeout 30m ./faultinject/walfault
 
 .PHONY: bench

@@ -3,6 +3,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"time"
@@ -29,7 +30,7 @@ type Config struct {
 	Sync        time.Duration     // batched: the longest a decision is only in memory
 	WALMax      conf.Size         // ceiling of the log
 	WALSegment  conf.Size         // one slot of the log
-	WALRing     string            // tmpfs directory for the log's ring; empty: mapped files
+	WALRing     string            // directory in memory for the ring of the log: auto, none (mapped files), or a path
 	KeepFree    conf.Size         // bytes that the log never takes from the file system
 	OTLP        string            // grpc://HOST:PORT, http://…; empty: not exported
 	OTLPPack    string            // compression of exports: none, gzip, zstd; empty: by endpoint
@@ -60,6 +61,7 @@ func Defaults() Config {
 		Sync:        5 * time.Millisecond,
 		WALMax:      1 << 30,
 		WALSegment:  64 << 20,
+		WALRing:     "auto",
 		KeepFree:    256 << 20,
 		Channel:     "stable",
 		Poll:        30 * time.Second,
@@ -83,7 +85,7 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.DurationVar(&c.Sync, "sync-interval", c.Sync, "longest time a decision is only in memory, with --durability batched")
 	fs.Var(&c.WALMax, "wal-max-bytes", "ceiling of the log on disk; at it, calls are denied")
 	fs.Var(&c.WALSegment, "wal-segment-bytes", "size of one log segment")
-	fs.StringVar(&c.WALRing, "wal-ring-dir", c.WALRing, "encode records in a ring on the tmpfs `DIR`, such as a tmpfs of its own below /run, and write them past the page cache (default: mapped files)")
+	fs.StringVar(&c.WALRing, "wal-ring-dir", c.WALRing, "encode records in a ring in `DIR` on a tmpfs and write them past the page cache; auto: find one, none: mapped files")
 	fs.Var(&c.KeepFree, "keep-free", "space of the file system that the log never takes")
 	fs.StringVar(&c.OTLP, "otlp-endpoint", c.OTLP, "ship the log to `URL`: grpc://HOST:PORT, or http://… with the whole path")
 	fs.StringVar(&c.OTLPPack, "otlp-compression", c.OTLPPack, "compress exports with `NAME`: none, gzip or zstd (default: gzip, and none for gRPC on loopback)")
@@ -133,6 +135,9 @@ func (c *Config) Validate() error {
 	}
 	if c.WALMax < 3*c.WALSegment {
 		fault("--wal-max-bytes is %s, want at least three segments (3 × %s)", c.WALMax, c.WALSegment)
+	}
+	if c.WALRing != "auto" && c.WALRing != "none" && !filepath.IsAbs(c.WALRing) {
+		fault("--wal-ring-dir is %q, want auto, none, or an absolute path", c.WALRing)
 	}
 	if c.KeepFree < 0 {
 		fault("--keep-free is negative")

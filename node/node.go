@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -72,6 +73,7 @@ type node struct {
 
 	wal      *wal.Log
 	recovery wal.Recovery
+	noRing   string // why the log has no ring, if that was decided here
 	report   atomic.Pointer[assurance.Report]
 	refuse   atomic.Pointer[string] // why the platform is refused; nil: it is not
 	keyring  *verify.Keyring        // nil: no --trust
@@ -278,12 +280,13 @@ func (n *node) openLog(ctx context.Context) error {
 		err error
 	}
 	opened := make(chan result, 1)
+	ring := n.ringDir()
 	go func() {
 		var r result
 		r.log, r.rec, r.err = wal.Open(filepath.Join(n.cfg.StateDir, "wal"), wal.Options{
 			SegmentBytes: int64(n.cfg.WALSegment), MaxBytes: int64(n.cfg.WALMax), KeepFree: int64(n.cfg.KeepFree),
 			SyncInterval: n.cfg.Sync, Watermark: n.cfg.CP != "" && n.cfg.OTLP != "", Logger: n.log,
-			Progress: n.provisioning(), Signer: n.signer, RingDir: n.cfg.WALRing,
+			Progress: n.provisioning(), Signer: n.signer, RingDir: ring,
 		})
 		opened <- r
 	}()
@@ -294,6 +297,10 @@ func (n *node) openLog(ctx context.Context) error {
 		return ctx.Err() // the process ends
 	}
 	n.wal, n.recovery = r.log, r.rec
+	if r.err == nil {
+		s := n.logStats()
+		n.log.Info("write-ahead log is open", "mode", s.Mode, "why", s.Why)
+	}
 	if errors.Is(r.err, wal.ErrDamaged) {
 		return run.Exit(run.Integrity, fmt.Errorf("open the log: %w", r.err))
 	}
@@ -301,6 +308,34 @@ func (n *node) openLog(ctx context.Context) error {
 		return fmt.Errorf("open the log: %w", r.err)
 	}
 	return nil
+}
+
+// ringDir is where the log's ring goes; "": nowhere, and noRing says why. The
+// ring holds only what the disk has not confirmed yet, for this process alone: to
+// lose it is what a power cut does, too (docs/adr/0002).
+func (n *node) ringDir() string {
+	switch n.cfg.WALRing {
+	case "none":
+		n.noRing = "--wal-ring-dir is none"
+		return ""
+	case "auto":
+		dir, err := run.RuntimeDir("node")
+		if err != nil {
+			n.noRing = strings.ReplaceAll(err.Error(), "\n", "; ")
+		}
+		return dir
+	}
+	return n.cfg.WALRing
+}
+
+// logStats are the log's, with the reason why it has no ring if that was decided
+// here.
+func (n *node) logStats() wal.Stats {
+	s := n.wal.Stats()
+	if n.noRing != "" {
+		s.Why = n.noRing
+	}
+	return s
 }
 
 // provisioning tells how far the first start is: it writes the whole log once.
@@ -667,7 +702,7 @@ type PolicyStatus struct {
 
 func (n *node) status() any {
 	s := Status{NodeID: n.id, KeyID: n.keyID, Version: run.Version, StartedAt: n.started, Durability: n.cfg.Durability, Listen: n.addrs,
-		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.wal.Stats(), Labels: n.cfg.Labels, Assurance: *n.report.Load()}
+		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.logStats(), Labels: n.cfg.Labels, Assurance: *n.report.Load()}
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}

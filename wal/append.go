@@ -24,8 +24,8 @@ type Reservation struct {
 
 // Reserve takes the next sequence number and size bytes for a record of class
 // c. It allocates nothing and waits for the disk only when a segment is full
-// and its last group is not durable yet, or when the ring is full. Errors: ErrCeilingExceeded, ErrClosed,
-// ErrTooLarge, ErrFailed.
+// and its last group is not durable yet, or when the ring is full. Errors:
+// ErrCeilingExceeded, ErrClosed, ErrTooLarge, ErrFailed.
 func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	if c >= NumClasses {
 		return Reservation{}, fmt.Errorf("reserve: unknown %v", c)
@@ -50,7 +50,6 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	seg.last[c] = seq
 	seg.note(seq, off)
 	g.count++
-	g.pending.Add(1)
 	clock, kick := g.count == 1 && !l.armed.Load(), l.tail > l.soft && !l.pressed
 	if kick {
 		l.pressed = true
@@ -63,6 +62,7 @@ func (l *Log) Reserve(c Class, size int) (Reservation, error) {
 	if kick {
 		l.kickCommitter()
 	}
+	failpoint("reserved")
 	return Reservation{
 		Seq: seq, Buf: b[frameHeader : frameHeader+size : frameHeader+size],
 		g: g, frame: b, key: seg.key, off: off, class: c, fault: debug.SetPanicOnFault(true),
@@ -98,27 +98,35 @@ func (l *Log) makeRoom(need int64) error {
 
 // Commit publishes the record: it is in the log, and will be durable. It never
 // waits for the disk.
-func (r Reservation) Commit() { r.publish(byte(r.class), false) }
+func (r Reservation) Commit() { r.publish(byte(r.class), nil) }
 
 // Abort publishes the record as a void one: its sequence number is used, its
 // payload is wiped. Readers see it as Void.
-func (r Reservation) Abort() { r.publish(byte(r.class)|kindVoid, true) }
+func (r Reservation) Abort() { r.publish(byte(r.class)|kindVoid, nil) }
 
-func (r Reservation) publish(kind byte, wipe bool) {
-	defer r.g.release()
-	defer debug.SetPanicOnFault(r.fault)
+// publish copies payload into the record, if there is one, and seals it. stored
+// is false when the mapping had a fault: then the committer leaves this segment.
+func (r *Reservation) publish(kind byte, payload []byte) (stored bool) {
 	defer func() {
-		if p := recover(); p != nil {
-			if !isFault(p) {
+		if !stored {
+			if p := recover(); p != nil && !isFault(p) {
 				panic(p)
 			}
-			r.g.fault.Store(true) // the committer leaves this segment
+			r.g.fault.Store(true)
 		}
+		debug.SetPanicOnFault(r.fault)
+		r.g.release()
 	}()
-	if wipe {
+	switch {
+	case payload != nil:
+		copy(r.Buf, payload)
+	case kind&kindVoid != 0:
 		clear(r.Buf)
 	}
+	failpoint("encoded")
 	putFrame(r.frame, r.key, r.off, len(r.Buf), kind, r.Seq)
+	failpoint("published")
+	return true
 }
 
 // Append copies payload into the log and returns its sequence number. Errors as
@@ -128,23 +136,25 @@ func (l *Log) Append(c Class, payload []byte) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := guard(func() { copy(r.Buf, payload) }); err != nil {
-		r.Abort()
-		return 0, fmt.Errorf("%w: %w", ErrFailed, err)
+	if !r.publish(byte(c), payload) {
+		return 0, fmt.Errorf("%w: %w", ErrFailed, errFault)
 	}
-	r.Commit()
 	return r.Seq, nil
 }
 
 // WaitDurable waits until the record seq, and with it every one before it, is
-// on disk. The context ends the wait, never the write. Errors: ErrFailed when
-// the sync failed (the record may or may not be in the log after a restart: act
-// as if it were not), ErrClosed, the context's.
+// on disk. The context ends the wait, never the write; a caller whose context
+// cannot end may be made to do the write itself. Errors: ErrFailed when the sync
+// failed (the record may or may not be in the log after a restart: act as if it
+// were not), ErrClosed, the context's.
 func (l *Log) WaitDurable(ctx context.Context, seq uint64) error {
 	for l.durable.Load() < seq {
 		l.mu.Lock()
 		g := l.open
 		switch {
+		case l.durable.Load() >= seq:
+			l.mu.Unlock()
+			return nil
 		case l.failed != nil:
 			l.mu.Unlock()
 			return l.failed
@@ -156,25 +166,65 @@ func (l *Log) WaitDurable(ctx context.Context, seq uint64) error {
 			g = l.closing
 		}
 		closed := l.closed
-		l.mu.Unlock()
-		if !g.wanted.Load() && !g.wanted.Swap(true) {
+		g.waiters++
+		if !g.wanted {
+			g.wanted = true
+			if g == l.open && !l.blocked && ctx.Done() == nil && l.commits.TryLock() {
+				l.mu.Unlock()
+				l.lead()
+				if err := g.refusedTo(seq); err != nil {
+					return err
+				}
+				continue
+			}
 			l.kickCommitter()
 		}
-		select {
-		case <-g.done:
-		case <-ctx.Done():
-			return ctx.Err()
+		// With mu held: whoever ends the group takes it between making the records
+		// durable and waking, so none who is not woken has looked before.
+		if ctx.Done() == nil {
+			g.over.Wait() // gives mu up, and does not take it again
+		} else if err := l.await(ctx, g); err != nil {
+			return err
 		}
 		// Told of the failure even if the record is safe in another slot by now:
 		// its caller has waited on a disk that refused.
-		if g.err != nil && seq >= g.first {
-			return g.err
+		if err := g.refusedTo(seq); err != nil {
+			return err
 		}
 		if closed && l.durable.Load() < seq {
 			return ErrClosed
 		}
 	}
 	return nil
+}
+
+// await waits for g to end. It is called with mu held, and gives it up.
+func (l *Log) await(ctx context.Context, g *group) error {
+	if g.done == nil {
+		g.done = make(chan struct{})
+	}
+	done := g.done
+	l.mu.Unlock()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// lead commits the open group on the goroutine of the first who waits for it:
+// handing it to the committer and back would cost a lone waiter two changes of
+// thread. commits is held, and given up.
+func (l *Log) lead() {
+	if l.crowd > 1 {
+		l.join()
+	}
+	wake := l.commit(0)
+	l.remind()
+	l.commits.Unlock()
+	wake.all()
+	failpoint("woken")
 }
 
 func (l *Log) kickCommitter() {

@@ -12,34 +12,38 @@ import (
 	"github.com/autonomyops/autonomy/internal/vfs"
 )
 
-// commitLoop is the committer: the only goroutine that writes markers, syncs,
-// and moves durable.
+// commitLoop is the committer. It commits for those who do not wait or whose
+// wait can be cancelled, when the ring fills up or a timer says so, and it alone
+// rotates. Whoever holds commits, the committer or a waiter that leads (lead), is
+// the only one to write markers, sync, and move durable.
 func (l *Log) commitLoop() {
 	defer l.ended.Done()
 	defer l.clock.Stop()
+	defer l.idle.Stop()
 	due := false
-	idle, idling := time.NewTimer(time.Hour), false
-	idle.Stop()
-	defer idle.Stop()
-	var crowd uint64 // records of the last group: alone there is nobody to join
 	for {
 		select {
 		case <-l.kick:
+			l.commits.Lock()
 		case <-l.clock.C:
+			l.commits.Lock()
 			l.armed.Store(false) // before looking: a record that comes later starts it again
 			due = true
-		case <-idle.C:
-			idling = false
+		case <-l.idle.C:
+			l.commits.Lock()
+			l.idling = false
 			if l.signer.groups > 0 && l.err() == nil {
 				l.commitEmpty()
 			}
 		case <-l.stop:
+			l.commits.Lock()
 			l.finish()
+			l.commits.Unlock()
 			return
 		}
 		for again := true; again; {
 			l.mu.Lock()
-			g, dirty, rotating, failed := l.open, l.open.count > 0, l.rotating, l.failed != nil
+			wanted, dirty, rotating, failed := l.open.wanted, l.open.count > 0, l.rotating, l.failed != nil
 			pressed := l.pressed
 			if !dirty {
 				l.pressed = false
@@ -50,68 +54,90 @@ func (l *Log) commitLoop() {
 				again = false
 			case rotating:
 				l.rotate()
-			case dirty && (due || pressed || g.wanted.Load()):
-				if !due && !pressed && crowd > 1 {
+			case dirty && (due || pressed || wanted):
+				if !due && !pressed && l.crowd > 1 {
 					l.join()
 				}
-				crowd = l.commit(0)
+				l.commit(0).all()
+				l.remind()
 				due = false
-				if l.signer != nil && l.signer.groups > 0 && !idling {
-					idle.Reset(l.o.CheckpointInterval) // in case nothing more comes
-					idling = true
-				}
 			default:
 				again, due = false, false
 			}
 		}
+		l.commits.Unlock()
 	}
 }
 
-// join lets more records into the group while they keep coming.
+// remind starts the timer of the checkpoint behind the last groups, in case
+// nothing more comes.
+func (l *Log) remind() {
+	if l.signer != nil && l.signer.groups > 0 && !l.idling {
+		l.idle.Reset(l.o.CheckpointInterval)
+		l.idling = true
+	}
+}
+
+// join lets more records into the open group while they keep coming: until
+// everybody is there who waited when the last group ended, or nobody has come
+// for a moment.
 func (l *Log) join() {
-	var last uint64
-	for begin := time.Now(); time.Since(begin) < joinFor; {
+	begin := time.Now()
+	came, limit := begin, min(max(2*l.took, joinMin), joinMax)
+	for last := 0; ; {
 		l.mu.Lock()
-		n := l.next
+		n := l.open.waiters
 		l.mu.Unlock()
-		if n == last {
+		now := time.Now()
+		if n != last {
+			last, came = n, now
+		}
+		if n >= l.crowd || now.Sub(came) > quiet || now.Sub(begin) > limit {
 			return
 		}
-		last = n
 		runtime.Gosched()
 	}
 }
 
-// commit closes the open group behind a marker and makes it durable. It returns
-// how many records that were.
-func (l *Log) commit(flags uint64) (records uint64) {
-	fresh := newGroup()
+// commit closes the open group behind a marker and makes it durable. Who waited
+// for it is still to be woken.
+func (l *Log) commit(flags uint64) wake {
 	l.mu.Lock()
 	seg, g, end := l.cur, l.open, l.tail
 	g.last = l.next - 1
 	l.tail += markerFrame
-	fresh.first, fresh.start = l.next, l.tail
+	fresh := l.closing // ended; but who was refused may not have looked yet
+	if fresh == nil || fresh.refused.Load() != nil {
+		fresh = l.newGroup()
+	}
+	fresh.reset(l.tail, l.next)
 	if g.signed = l.checkpointDue(flags&markerClosed != 0); g.signed {
 		l.tail += checkpointFrame // of the next group's chain
 	}
 	l.closing, l.open = g, fresh
 	l.pressed, l.soft = false, l.tail+l.softBytes()
 	l.mu.Unlock()
-	g.release()
-	<-g.drained
+	failpoint("closed")
+	g.drain()
+	failpoint("drained")
 	err := l.persist(seg, g, end, flags)
 	if err != nil {
 		l.failover(seg, g, err)
-		return g.count
+		return wake{}
 	}
+	failpoint("written")
+	l.mu.Lock()
 	l.settled(seg, end+markerFrame)
 	l.durable.Store(g.last)
-	close(g.done)
+	l.crowd = g.waiters + l.open.waiters
+	w := g.end()
+	l.mu.Unlock()
+	failpoint("durable")
 	if l.top.Load() != seg.id {
 		l.top.Store(seg.id) // its header is durable from now on: so the one before it may go
 		l.kickPreparer()
 	}
-	return g.count
+	return w
 }
 
 // commitEmpty commits what there is, maybe nothing, for the checkpoint behind it:
@@ -121,13 +147,12 @@ func (l *Log) commitEmpty() {
 	room := !l.blocked && l.tail+tailRoom <= l.ceil
 	l.mu.Unlock()
 	if room {
-		l.commit(0)
+		l.commit(0).all()
 	}
 }
 
-// settled records that everything in seg below off is on disk.
+// settled records that everything in seg below off is on disk. mu is held.
 func (l *Log) settled(seg *segment, off int64) {
-	l.mu.Lock()
 	l.flushed = off
 	if l.ring != nil {
 		// Before its room is given to others. A ring that was cut is noticed by the
@@ -136,7 +161,6 @@ func (l *Log) settled(seg *segment, off int64) {
 		l.ceil = min(l.slotBytes, l.ring.room(off))
 		l.moved.Broadcast()
 	}
-	l.mu.Unlock()
 }
 
 // softBytes is how large the open group grows before it is committed without
@@ -172,6 +196,7 @@ func (l *Log) persist(seg *segment, g *group, end int64, flags uint64) error {
 	}); err != nil {
 		return err
 	}
+	failpoint("marked")
 	begin := time.Now()
 	to := end + markerFrame
 	if g.signed {
@@ -198,6 +223,7 @@ func (l *Log) putMarker(b []byte, seg *segment, g *group, end int64, flags uint6
 
 // counted takes a group that is durable into the committer's state.
 func (l *Log) counted(seg *segment, g *group, end int64, chain [32]byte, took time.Duration) {
+	l.took = took
 	l.stats.mu.Lock()
 	l.stats.syncs++
 	l.stats.records += g.count
@@ -256,7 +282,7 @@ func (l *Log) rotate() {
 	dirty := l.open.count > 0
 	l.mu.Unlock()
 	if dirty {
-		l.commit(0)
+		l.commit(0).all()
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -281,7 +307,9 @@ func (l *Log) rotate() {
 		end := l.tail // after a checkpoint, if there is one
 		l.mu.Unlock()
 		seg, page := l.newLife(s, old.id+1, first, pos{old.id, end})
+		failpoint("rotating")
 		err := l.writeLive(s, page)
+		failpoint("live")
 		if err != nil {
 			// One copy may have reached the disk, and the segment before goes on
 			// beyond the end that it names: it must not stand at the next start.
@@ -298,6 +326,7 @@ func (l *Log) rotate() {
 			l.stats.mu.Lock()
 			l.stats.rotations++
 			l.stats.mu.Unlock()
+			failpoint("rotated")
 		}
 	}
 	l.rotating = false
@@ -338,6 +367,7 @@ func (l *Log) writeLive(s *slot, page []byte) error {
 	}
 	return guard(func() {
 		copy(s.m, page)
+		failpoint("one header")
 		copy(s.m[pageSize:], page)
 	})
 }
@@ -377,27 +407,24 @@ func (l *Log) failover(seg *segment, g *group, cause error) {
 	if errors.Is(cause, errFault) || errors.Is(cause, unix.EFAULT) {
 		g.fault.Store(true) // so a ring is left, too
 	}
-	g.err = fmt.Errorf("%w: %w", ErrFailed, cause)
-	l.moveOn(seg, g)
+	l.moveOn(seg, g, fmt.Errorf("%w: %w", ErrFailed, cause))
 }
 
 // moveOn opens the next segment in the middle of one. Everything since the last
 // good sync is copied there as far as it is still whole, the rest becomes void
 // records, and that is made durable: so the sequence stays dense. g is the
-// group that could not be committed; the open one comes along.
-func (l *Log) moveOn(seg *segment, g *group) {
+// group that could not be committed, because of cause: who waits for it is told.
+// The open one comes along.
+func (l *Log) moveOn(seg *segment, g *group, cause error) {
 	l.mu.Lock()
 	l.rotating, l.blocked = true, true
 	g2 := l.open
 	g2.last = l.next - 1
-	l.mu.Unlock()
-	g2.release()
-	<-g2.drained
-
-	cause := errors.New("the segment takes no more recoveries")
-	if g.err != nil {
-		cause = g.err
+	if g != g2 {
+		g.refuse(cause)
 	}
+	l.mu.Unlock()
+	g2.drain()
 	l.mu.Lock()
 	var s *slot
 	for {
@@ -419,8 +446,9 @@ func (l *Log) moveOn(seg *segment, g *group) {
 	tail := l.tail
 	l.mu.Unlock()
 
-	all := newGroup()
-	all.first, all.last, all.start = g.first, g2.last, dataStart
+	all := l.newGroup()
+	all.reset(dataStart, g.first)
+	all.last = g2.last
 	all.count = all.last + 1 - all.first
 	prev := pos{seg.id, g.start}
 	if g.start == dataStart {
@@ -429,6 +457,7 @@ func (l *Log) moveOn(seg *segment, g *group) {
 		prev = seg.prev
 	}
 	next, page := l.newLife(s, seg.id+1, g.first, prev)
+	failpoint("moving")
 	var src []byte
 	switch {
 	case l.ring != nil:
@@ -439,6 +468,7 @@ func (l *Log) moveOn(seg *segment, g *group) {
 		src = seg.m[g.start:tail]
 	}
 	end, rest, err := l.moveTo(next, page, src, seg.key, g.start, all)
+	failpoint("moved")
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
@@ -448,13 +478,11 @@ func (l *Log) moveOn(seg *segment, g *group) {
 	}
 	seg.limit = g.start
 	l.closing = g
-	l.install(next, newGroup(), end+markerFrame, rest)
+	l.install(next, l.newGroup(), end+markerFrame, rest)
 	l.durable.Store(all.last)
 	l.top.Store(next.id)
-	close(g.done)
-	if g2 != g {
-		close(g2.done)
-	}
+	g.end().all()
+	g2.end().all()
 	l.rotating, l.blocked = false, l.closed
 	l.moved.Broadcast()
 	l.kickPreparer()
@@ -471,6 +499,7 @@ func (l *Log) moveTo(next *segment, page, src []byte, key uint64, start int64, a
 			return 0, nil, err
 		}
 		if end, err = carry(src, key, start, next, next.m[dataStart:], all); err == nil {
+			failpoint("carried")
 			err = l.persist(next, all, end, 0)
 		}
 		return end, nil, err
@@ -485,6 +514,7 @@ func (l *Log) moveTo(next *segment, page, src []byte, key uint64, start int64, a
 	if err := l.writeDirect(next.slot, [][]byte{buf[:(n+pageSize-1)&^(pageSize-1)]}, dataStart); err != nil {
 		return 0, nil, err
 	}
+	failpoint("carried")
 	if err := l.writeLive(next.slot, page); err != nil {
 		return 0, nil, err
 	}
@@ -495,7 +525,7 @@ func (l *Log) moveTo(next *segment, page, src []byte, key uint64, start int64, a
 // leaveRing goes on in mapped files: the ring's memory cannot be used. mu is
 // held.
 func (l *Log) leaveRing() {
-	l.left, l.ring = l.ring, nil
+	l.left, l.ring, l.mapped = l.ring, nil, true
 	l.why = "the ring had a memory fault: somebody cut its file"
 	l.o.Logger.Error("write-ahead log: the ring cannot be used any more, going on in mapped files", "ring", l.left.file.Name())
 }
@@ -541,14 +571,11 @@ func (l *Log) fail(cause error, groups [2]*group) {
 	l.o.Logger.Error("write-ahead log failed for good", "err", cause)
 	l.blocked, l.rotating = true, false
 	for _, g := range groups {
-		g.err = l.failed
+		g.refuse(l.failed)
+		g.end().all()
 	}
-	close(groups[0].done)
-	if groups[1] != groups[0] {
-		close(groups[1].done)
-	}
-	l.open = newGroup()
-	l.open.first = l.next
+	l.open = l.newGroup()
+	l.open.reset(l.tail, l.next)
 	l.moved.Broadcast()
 }
 
@@ -559,14 +586,14 @@ func (l *Log) finish() {
 	dirty := l.open.count > 0
 	l.mu.Unlock()
 	if dirty && l.err() == nil {
-		l.commit(0)
+		l.commit(0).all()
 	}
 	l.mu.Lock()
 	room := l.tail+markerFrame+checkpointFrame <= l.slotBytes
 	l.mu.Unlock()
 	unsigned := l.signer != nil && l.signer.groups > 0
 	if l.err() == nil && (!l.confirmed || unsigned) && room {
-		l.commit(markerClosed)
+		l.commit(markerClosed).all()
 	}
 }
 
@@ -712,9 +739,9 @@ func (l *Log) prepare(s *slot) error {
 		s.clean = true
 	}
 	l.mu.Lock()
-	direct := l.ring != nil
+	mapped := l.mapped
 	l.mu.Unlock()
-	if direct {
+	if !mapped {
 		return nil // nothing is encoded there
 	}
 	return populate(s.m)
@@ -735,6 +762,7 @@ func (l *Log) writeHeader(s *slot, page []byte) error {
 		if err := l.o.sync(s.file); err != nil {
 			return err
 		}
+		failpoint("one free")
 	}
 	return nil
 }

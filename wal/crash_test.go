@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -40,7 +41,9 @@ func TestMain(m *testing.M) {
 // child appends from eight goroutines for ever, and prints each sequence number
 // once it is durable. It advances the cursors so that slots are recycled.
 func child(dir string) {
-	l, rec, err := Open(dir, inMode(Options{SegmentBytes: minSegment, MaxBytes: 4 * minSegment}))
+	o := inMode(Options{SegmentBytes: minSegment, MaxBytes: 4 * minSegment})
+	setFailpoint(&o)
+	l, rec, err := Open(dir, o)
 	if err != nil {
 		fmt.Println("error:", err)
 		os.Exit(1)
@@ -57,6 +60,9 @@ func child(dir string) {
 				}
 				if err == nil {
 					err = l.WaitDurable(context.Background(), seq)
+				}
+				if o.hooked && errors.Is(err, ErrFailed) {
+					continue // the fault that was asked for
 				}
 				mu.Lock()
 				if err != nil {
@@ -102,19 +108,17 @@ func fixed(b []byte, seq uint64) {
 	}
 }
 
+// The tests that start processes do not run beside others: until it becomes
+// another program, a new process has the locks of this one.
 func TestKill(t *testing.T) {
-	t.Parallel()
 	dir := t.TempDir()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var acked uint64 // highest acknowledged over all rounds
-	var recycled bool
-	voids := map[uint64]bool{}
-	told := map[uint64]bool{} // every one acknowledged
+	k := &killed{told: map[uint64]bool{}, voids: map[uint64]bool{}}
 	const rounds = 25
-	for round := 0; round < rounds || !recycled && round < 4*rounds; round++ { // a slow disk takes longer to fill slots
+	for round := 0; round < rounds || !k.recycled && round < 4*rounds; round++ { // a slow disk takes longer to fill slots
 		cmd := exec.Command(exe)
 		cmd.Env = append(os.Environ(), "WAL_TEST_CHILD="+dir, "WAL_TEST_RING="+ringDir)
 		cmd.Stderr = os.Stderr
@@ -126,68 +130,88 @@ func TestKill(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.AfterFunc(time.Duration(10+7*(round%rounds))*time.Millisecond, func() { _ = cmd.Process.Kill() })
-		sc := bufio.NewScanner(out)
-		for sc.Scan() {
-			line := sc.Text()
-			if first, ok := strings.CutPrefix(line, "open "); ok {
-				var a, b uint64
-				if _, err := fmt.Sscan(first, &a, &b); err != nil {
-					t.Fatal(err)
-				}
-				if b < acked {
-					t.Fatalf("round %d: recovered up to %d, acknowledged up to %d", round, b, acked)
-				}
-				recycled = recycled || a > 1
-				continue
-			}
-			seq, err := strconv.ParseUint(line, 10, 64)
-			if err != nil {
-				t.Fatalf("round %d: child said %q", round, line)
-			}
-			acked = max(acked, seq)
-			told[seq] = true
-		}
+		k.listen(t, out)
 		_ = cmd.Wait() // killed
+		k.check(t, dir)
+	}
+	if !k.recycled {
+		t.Fatalf("only %d records were acknowledged, no slot was recycled: the test did not test much", k.acked)
+	}
+	t.Logf("%d records acknowledged, %d void", k.acked, len(k.voids))
+}
 
-		rep, err := Verify(t.Context(), dir)
-		if errors.Is(err, fs.ErrNotExist) && acked == 0 {
-			continue // killed while the log was being made
+// killed is what the children on one log have said before they were killed.
+type killed struct {
+	acked    uint64          // highest acknowledged
+	told     map[uint64]bool // every one acknowledged
+	voids    map[uint64]bool // cut off between Reserve and Commit
+	recycled bool
+}
+
+// listen reads what a child prints until it ends.
+func (k *killed) listen(t *testing.T, out io.Reader) {
+	t.Helper()
+	sc := bufio.NewScanner(out)
+	for sc.Scan() {
+		line := sc.Text()
+		if first, ok := strings.CutPrefix(line, "open "); ok {
+			var a, b uint64
+			if _, err := fmt.Sscan(first, &a, &b); err != nil {
+				t.Fatal(err)
+			}
+			if b < k.acked {
+				t.Fatalf("recovered up to %d, acknowledged up to %d", b, k.acked)
+			}
+			k.recycled = k.recycled || a > 1
+			continue
 		}
+		seq, err := strconv.ParseUint(line, 10, 64)
 		if err != nil {
-			t.Fatalf("round %d: %v", round, err)
+			t.Fatalf("child said %q", line)
 		}
-		if rep.Last < acked {
-			t.Fatalf("round %d: the log ends at %d, acknowledged up to %d", round, rep.Last, acked)
-		}
-		s, err := OpenReadOnly(dir)
+		k.acked = max(k.acked, seq)
+		k.told[seq] = true
+	}
+}
+
+// check reads the log as it was left: everything acknowledged is there, nothing
+// was invented, nothing is missing in between.
+func (k *killed) check(t *testing.T, dir string) {
+	t.Helper()
+	rep, err := Verify(t.Context(), dir)
+	if errors.Is(err, fs.ErrNotExist) && k.acked == 0 {
+		return // killed while the log was being made
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rep.Last < k.acked {
+		t.Fatalf("the log ends at %d, acknowledged up to %d", rep.Last, k.acked)
+	}
+	s, err := OpenReadOnly(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	next := max(rep.First, 1)
+	for e, err := range s.Records(t.Context()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		next := max(rep.First, 1)
-		for e, err := range s.Records(t.Context()) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			want := make([]byte, 40)
-			fixed(want, next)
-			if e.Void && !told[e.Seq] {
-				voids[e.Seq] = true // cut off between Reserve and Commit; nobody was told of it
-				want = nil
-			}
-			if e.Seq != next || !bytes.Equal(e.Payload, want) {
-				t.Fatalf("round %d: record %d: got %d %q", round, next, e.Seq, e.Payload)
-			}
-			next++
+		want := make([]byte, 40)
+		fixed(want, next)
+		if e.Void && !k.told[e.Seq] {
+			k.voids[e.Seq] = true // nobody was told of it
+			want = nil
 		}
-		if next != rep.Last+1 {
-			t.Fatalf("read up to %d, want %d", next-1, rep.Last)
+		if e.Seq != next || !bytes.Equal(e.Payload, want) {
+			t.Fatalf("record %d: got %d %q", next, e.Seq, e.Payload)
 		}
-		s.Close()
+		next++
 	}
-	if !recycled {
-		t.Fatalf("only %d records were acknowledged, no slot was recycled: the test did not test much", acked)
+	if next != rep.Last+1 {
+		t.Fatalf("read up to %d, want %d", next-1, rep.Last)
 	}
-	t.Logf("%d records acknowledged, %d void", acked, len(voids))
 }
 
 // A failed sync: those who wait are told, the log goes on in the next slot, and

@@ -45,6 +45,7 @@ func (f *metaFile) update(change func(*meta)) error {
 	if _, err := f.file.WriteAt(page, int64(x.generation%2)*pageSize); err != nil {
 		return fmt.Errorf("write meta file: %w", err)
 	}
+	failpoint("cursor written")
 	if err := fdatasync(f.file); err != nil {
 		return err
 	}

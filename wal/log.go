@@ -4,12 +4,13 @@
 //
 // The life of a record: Reserve assigns the next sequence number and hands out
 // that many bytes of a memory-mapped file; the caller encodes into them in
-// place; Commit seals them with a keyed checksum. One goroutine, the committer,
-// joins what has arrived into a group, writes a commit marker that continues a
-// BLAKE3 chain, makes the whole group durable at once, and wakes everybody who
-// waits. The mapped file is either a ring on a tmpfs, from which the committer
-// writes to disk past the page cache, or the file on disk itself, which it syncs
-// (see Mode). Readers get views. When all consumers are past a file and space is needed, it is used again.
+// place; Commit seals them with a keyed checksum. One goroutine at a time, the
+// committer or somebody who waits, joins what has arrived into a group, writes a
+// commit marker that continues a BLAKE3 chain, makes the whole group durable at
+// once, and wakes everybody who waits. The mapped file is either a ring on a
+// tmpfs, from which a commit writes to disk past the page cache, or the file on
+// disk itself, which it syncs (see Mode). Readers get views. When all consumers
+// are past a file and space is needed, it is used again.
 //
 // The files ("slots") are written in full when the log is made and never grow:
 // the disk ceiling holds by construction, and a full disk can only be met then.
@@ -77,9 +78,12 @@ const (
 	maxSegment = 1 << 30
 	maxSlots   = 4096
 
-	// joinFor bounds how long the committer lets arrivals join a group while
-	// they keep coming; it is about half of what the sync costs.
-	joinFor = 60 * time.Microsecond
+	// A commit lets those join who keep coming, until all are there who waited last
+	// time, nobody has come for quiet, or the whole took twice as long as the last
+	// sync; at least joinMin and at most joinMax.
+	quiet   = 20 * time.Microsecond
+	joinMin = 60 * time.Microsecond
+	joinMax = time.Millisecond
 
 	indexEvery = 16 << 10 // bytes of a segment per entry of its index in memory
 )
@@ -282,24 +286,31 @@ type Log struct {
 	ring     *ring     // nil: ModeMapped
 	left     *ring     // one that could not be used any more
 	flushed  int64     // end of the last durable marker in cur
+	mapped   bool      // ModeMapped was chosen: slots are in memory before records are encoded there
 	why      string    // of the mode
 	blocked  bool      // rotating, failed or closed: look closer
 	rotating bool      // reservations wait for a new segment
 	failed   error     // final
 	closed   bool
-	unmapped bool       // Close is done with the mappings: the last view gives its slot back
-	slots    []*slot    //
+	unmapped bool // Close is done with the mappings: the last view gives its slot back
+	slots    []*slot
 	live     []*segment // oldest first; the last is cur
 	full     bool       // the ceiling was hit and told to the logger
 
-	// The committer's own.
+	// commits is held by whoever commits: one at a time. It comes before mu. It
+	// guards what follows.
+	commits   sync.Mutex
 	chain     [32]byte // after the last marker
 	mark      pos      // where the last marker ends
 	confirmed bool     // the last marker confirms the one before it
 	exhausted bool     // recovery found no room for another epoch in cur
 	hasher    *blake3.Hasher
-	signer    *signer // nil: no checkpoints
-	bounce    []byte  // one page, for the last of a direct write
+	signer    *signer       // nil: no checkpoints
+	bounce    []byte        // one page, for the last of a direct write
+	crowd     int           // who waited when the last group ended: for it, or for the next
+	took      time.Duration // by the last sync
+	idle      *time.Timer   // for a last checkpoint
+	idling    bool          // it runs
 
 	// clock runs from the first record that nobody may be waiting for; it is not
 	// stopped when a waiter makes the committer faster, so that waiters pay for it
@@ -372,35 +383,6 @@ func newSegment(s *slot, id, first uint64, keys []epoch) *segment {
 		marks: make([]mark, 0, len(s.m)/indexEvery+1)}
 }
 
-// group is what one fdatasync makes durable: the records from one marker to the
-// next.
-type group struct {
-	start   int64  // offset of its first frame in the segment
-	first   uint64 // its first sequence
-	last    uint64 // its last; set when it closes
-	count   uint64 // guarded by Log.mu
-	pending atomic.Int64
-	signed  bool          // a checkpoint follows its marker; set when it closes
-	wanted  atomic.Bool   // somebody waits
-	fault   atomic.Bool   // a record could not be stored
-	drained chan struct{} // the last pending record was published
-	done    chan struct{} // closed when it is durable, or is known not to be
-	err     error         // valid after done
-}
-
-func newGroup() *group {
-	g := &group{drained: make(chan struct{}, 1), done: make(chan struct{})}
-	g.pending.Store(1) // the committer's share: taken back when the group closes
-	return g
-}
-
-// release takes one share of the group's pending count.
-func (g *group) release() {
-	if g.pending.Add(-1) == 0 {
-		g.drained <- struct{}{}
-	}
-}
-
 type counters struct {
 	mu        sync.Mutex
 	syncs     uint64
@@ -431,6 +413,8 @@ func Open(dir string, o Options) (*Log, Recovery, error) {
 	l.moved.L = &l.mu
 	l.clock = time.NewTimer(time.Hour)
 	l.clock.Stop()
+	l.idle = time.NewTimer(time.Hour)
+	l.idle.Stop()
 	var rec Recovery
 	var err error
 	if o.Signer != nil {
@@ -454,9 +438,9 @@ func Open(dir string, o Options) (*Log, Recovery, error) {
 	l.kickPreparer()
 	// What recovery kept is made durable in ModeMapped; then the mode is chosen.
 	if l.exhausted {
-		l.moveOn(l.cur, l.open)
+		l.moveOn(l.cur, l.open, errors.New("the segment takes no more recoveries"))
 	} else if l.open.count > 0 {
-		l.commit(0)
+		l.commit(0).all()
 	}
 	err = l.err()
 	if err == nil {
@@ -542,7 +526,7 @@ func (l *Log) Close() error {
 		}
 		l.mu.Lock()
 		err = l.failed
-		close(l.open.done) // its readers and waiters look again, and see that the log is closed
+		l.open.end().all() // its readers and waiters look again, and see that the log is closed
 		l.mu.Unlock()
 		l.unmap()
 	})

@@ -97,8 +97,15 @@ func pageAligned(n int64) []byte {
 	return b[o : o+n : o+n]
 }
 
-// readAhead starts reading all of m, in single pages.
-func readAhead(m []byte) { _ = unix.Madvise(m, unix.MADV_WILLNEED) } // advice only
+// readAhead starts reading all of m, in single pages. It asks piece by piece: the
+// kernel takes of one request no more than its read-ahead window, and what is left
+// would be read page by page.
+func readAhead(m []byte) {
+	const piece = 128 << 10 // the smallest window that is usual
+	for ; len(m) > 0; m = m[min(len(m), piece):] {
+		_ = unix.Madvise(m[:min(len(m), piece)], unix.MADV_WILLNEED) // advice only
+	}
+}
 
 // populate brings the pages of m into memory and into the page table, so that
 // no append waits for a read. It maps them for reading: for writing would make

@@ -81,11 +81,7 @@ func (r *Reader) Next(ctx context.Context, maxRecords, maxBytes int) (Batch, err
 			if l.closing != nil && r.next <= l.closing.last {
 				g = l.closing
 			}
-			l.mu.Unlock()
-			select {
-			case <-g.done:
-			case <-ctx.Done():
-			}
+			_ = l.await(ctx, g) // looked at above
 			continue
 		}
 		if oldest := l.live[0].first; r.next < oldest {

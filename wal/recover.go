@@ -193,7 +193,7 @@ func (l *Log) begin() error {
 		return err
 	}
 	l.confirmed = true // nothing to confirm
-	l.install(seg, newGroup(), dataStart, nil)
+	l.install(seg, l.newGroup(), dataStart, nil)
 	return nil
 }
 
@@ -217,9 +217,10 @@ func (l *Log) resume(s *found, w *walk, t tail) error {
 		}
 	}
 	l.top.Store(seg.id) // closed, or synced with its new epoch
-	g := newGroup()
-	g.first, g.start, g.count = w.next-w.count, w.group.off, w.count
-	l.open = g
+	l.open = l.newGroup()
+	l.open.reset(w.group.off, w.next-w.count)
+	l.open.count = w.count
+	l.open.pending.Add(-int64(w.count)) // published by another process
 	return nil
 }
 

@@ -215,6 +215,7 @@ func (l *Log) makeRing() (_ *ring, err error) {
 		return nil, err
 	}
 	putRingHead(r.head, id, size, r.key)
+	failpoint("ring made")
 	return r, nil
 }
 
@@ -338,6 +339,7 @@ func (l *Log) replay(x *found) (n int64, why string, err error) {
 		off += k.size
 	}
 	copy(x.m[at.durable:], w[:last])
+	failpoint("replayed")
 	return last, "", nil
 }
 
@@ -395,12 +397,29 @@ func (l *Log) chooseMode() error {
 		}
 		l.why = err.Error()
 		l.o.Logger.Warn("write-ahead log: no ring, records are encoded into mapped files", "why", l.why)
+		l.encodeMapped()
 		return nil
 	}
 	if err := l.removeRing(); err != nil {
 		l.o.Logger.Warn("write-ahead log: an old ring stays behind", "err", err)
 	}
+	l.encodeMapped()
 	return nil
+}
+
+// encodeMapped has slots brought into memory before records are encoded there,
+// also those that are ready already.
+func (l *Log) encodeMapped() {
+	_ = populate(l.cur.m) // what cannot be read now is met by who appends
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.mapped = true
+	for _, s := range l.slots {
+		if s.state == slotReady {
+			s.state = slotFree
+		}
+	}
+	l.kickPreparer()
 }
 
 // enterRing makes the ring and tries a direct write: of the log's last page,

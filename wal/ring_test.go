@@ -412,7 +412,6 @@ func childNoWait(dir string) {
 
 // Everything appended survives a kill, durable or not.
 func TestKillKeepsPublished(t *testing.T) {
-	t.Parallel()
 	dir := t.TempDir()
 	exe, err := os.Executable()
 	must(t, err)

@@ -270,7 +270,15 @@ func (l *Log) makeSlot(i int) (err error) {
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, l.slotBytes); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
 	}
-	zero := make([]byte, 1<<20)
+	// Large writes leave large folios in the page cache, of which a store through
+	// the mapping would make the next sync write all. So they are dropped where a
+	// ring is to be used, past which nobody writes to the slot; else it is written
+	// page by page, and is in memory when it is needed.
+	ring := l.o.RingDir != "" && l.o.Mode != ModeMapped
+	zero := make([]byte, pageSize)
+	if ring {
+		zero = make([]byte, 1<<20)
+	}
 	for off := int64(0); off < l.slotBytes; off += int64(len(zero)) {
 		if _, err := f.WriteAt(zero[:min(int64(len(zero)), l.slotBytes-off)], off); err != nil {
 			return err
@@ -279,8 +287,9 @@ func (l *Log) makeSlot(i int) (err error) {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	// Drop the large folios that writing made; the mapping reads single pages.
-	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // advice only
+	if ring {
+		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // advice only
+	}
 	return nil
 }
 

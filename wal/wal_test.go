@@ -67,7 +67,6 @@ func TestInMappedFiles(t *testing.T) {
 		t.Log("this run is in mapped files")
 		return
 	}
-	t.Parallel()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -78,8 +77,12 @@ func TestInMappedFiles(t *testing.T) {
 	}
 	cmd := exec.CommandContext(t.Context(), exe, args...)
 	cmd.Env = append(os.Environ(), "WAL_TEST_MODE=mapped", "WAL_TEST_RING="+ringDir)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	must(t, cmd.Start()) // before others run beside this test, as TestKill says
+	t.Parallel()
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("%v\n%s", err, out.Bytes())
 	}
 }
 

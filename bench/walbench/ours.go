@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/bench/walbench/leg"
+	daemon "github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/wal"
 )
 
@@ -18,7 +19,7 @@ const slots = 4
 // own each time.
 const consume = 50 * time.Millisecond
 
-// ours is the log of this project with its default settings.
+// ours is the log of this project with its default settings, as a node opens it.
 type ours struct {
 	log  *wal.Log
 	sync bool
@@ -27,8 +28,22 @@ type ours struct {
 	done sync.WaitGroup
 }
 
+// openOurs opens it in the mode that a node takes on this machine.
 func openOurs(dir string, s leg.Spec) (leg.Log, error) {
-	o := wal.Options{SegmentBytes: s.Segment, MaxBytes: slots * s.Segment}
+	ring, err := daemon.RuntimeDir("walbench")
+	if err != nil {
+		return nil, err
+	}
+	return openWith(dir, s, wal.Options{Mode: wal.ModeRing, RingDir: ring})
+}
+
+// openMapped opens it in the other mode.
+func openMapped(dir string, s leg.Spec) (leg.Log, error) {
+	return openWith(dir, s, wal.Options{Mode: wal.ModeMapped})
+}
+
+func openWith(dir string, s leg.Spec, o wal.Options) (leg.Log, error) {
+	o.SegmentBytes, o.MaxBytes = s.Segment, slots*s.Segment
 	follow := s.Mode == leg.Durable || s.Mode == leg.NoWait
 	if !follow {
 		// Everything is kept, frames and markers included, and two slots are free.

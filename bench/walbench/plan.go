@@ -24,6 +24,7 @@ func (s side) String() string {
 // Names of sides that the report looks for.
 const (
 	nameOurs      = "autonomy/wal"
+	nameMapped    = "autonomy/wal in mapped files"
 	nameFdatasync = "floor: one page, fdatasync"
 	nameDirect    = "floor: one page, O_DIRECT|O_DSYNC"
 	nameTidwall   = "tidwall/wal"
@@ -35,7 +36,7 @@ const (
 var sideOurs = side{name: nameOurs}
 
 // own are the sides that this program measures itself, in a process per leg.
-var own = map[string]leg.Open{nameOurs: openOurs, nameFdatasync: openFloor, nameDirect: openDirect, nameMarshal: openMarshal}
+var own = map[string]leg.Open{nameOurs: openOurs, nameMapped: openMapped, nameFdatasync: openFloor, nameDirect: openDirect, nameMarshal: openMarshal}
 
 // A block is one question, put to several sides.
 type block struct {
@@ -112,12 +113,12 @@ var (
 func full() (out []block) {
 	for _, size := range []int{300, 1024} {
 		out = append(out, block{kind: kindDurable, size: size, waiters: 1,
-			sides: all(sides(false, nameFdatasync, nameDirect), sides(false, everyone...))})
+			sides: all(sides(false, nameMapped, nameFdatasync, nameDirect), sides(false, everyone...))})
 		for _, w := range []int{64, 256, 1024} {
 			out = append(out, block{kind: kindDurable, size: size, waiters: w,
-				sides: all(sides(false, everyone...), sides(true, batchable...))})
+				sides: all(sides(false, nameMapped), sides(true, nameFdatasync, nameDirect), sides(false, everyone...), sides(true, batchable...))})
 		}
-		out = append(out, block{kind: kindNoWait, size: size, records: 100_000, sides: all(sides(false, buffered...))})
+		out = append(out, block{kind: kindNoWait, size: size, records: 100_000, sides: all(sides(false, nameMapped), sides(false, buffered...))})
 	}
 	for _, size := range []int{300, 1024} {
 		out = append(out, block{kind: kindDrain, size: size, records: 128 << 20 / size, sides: all(sides(false, batchable...))},
@@ -132,12 +133,12 @@ func full() (out []block) {
 func quick() []block {
 	return []block{
 		{kind: kindDurable, size: 300, waiters: 1,
-			sides: all(sides(false, nameFdatasync, nameDirect, namePebble))},
+			sides: all(sides(false, nameMapped, nameFdatasync, nameDirect, namePebble))},
 		{kind: kindDurable, size: 300, waiters: 64,
-			sides: all(sides(false, nameTidwall, nameBbolt, namePebble), sides(true, batchable...))},
+			sides: all(sides(true, nameFdatasync, nameDirect), sides(false, nameMapped, nameTidwall, nameBbolt, namePebble), sides(true, batchable...))},
 		{kind: kindDurable, size: 300, waiters: 1024,
-			sides: all(sides(false, namePebble), sides(true, "prometheus wlog", namePebble))},
-		{kind: kindNoWait, size: 300, records: 100_000, sides: all(sides(false, namePebble, "prometheus wlog"))},
+			sides: all(sides(true, nameFdatasync, nameDirect), sides(false, nameMapped, namePebble), sides(true, "prometheus wlog", namePebble))},
+		{kind: kindNoWait, size: 300, records: 100_000, sides: all(sides(false, nameMapped, namePebble, "prometheus wlog"))},
 		{kind: kindDrain, size: 1024, records: 64 << 10, sides: all(sides(false, namePebble, "prometheus wlog"))},
 		{kind: kindFrame, size: 300, records: 32 << 10, sides: all(sides(false, nameMarshal))},
 		{kind: kindOpen, size: 1024, records: 32 << 10, sides: all()},

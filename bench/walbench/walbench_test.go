@@ -244,7 +244,7 @@ func TestPlans(t *testing.T) {
 			}
 			for i, s := range b.sides {
 				_, mine := own[s.name]
-				if !mine && !slices.Contains(everyone, s.name) || s.batch && !slices.Contains(batchable, s.name) || slices.Contains(b.sides[:i], s) {
+				if !mine && !slices.Contains(everyone, s.name) || s.batch && !slices.Contains(append([]string{nameFdatasync, nameDirect}, batchable...), s.name) || slices.Contains(b.sides[:i], s) {
 					t.Errorf("%s: %v: side %v", name, b, s)
 				}
 			}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/autonomyops/autonomy/assurance"
 	"github.com/autonomyops/autonomy/internal/run"
+	"github.com/autonomyops/autonomy/wal"
 )
 
 // pageWidth is that of every page this program prints.
@@ -26,7 +27,8 @@ func newDoctor() *cobra.Command {
 		Short: "Find out what this platform gives a node, by trying it",
 		Long: `Find out what this platform gives a node, by trying it: a cgroup is made and
 killed, a connect refused, a file write refused, the disk timed. It takes less
-than a second and leaves nothing behind. Run it as the user that runs the node.
+than a second and leaves nothing behind but an empty directory in memory. Run it
+as the user that runs the node, in the same environment.
 
 Exit code 0, or 7 when the state directory cannot be used or the level is below
 --assurance-min.`,
@@ -51,9 +53,12 @@ Exit code 0, or 7 when the state directory cannot be used or the level is below
 		r := assurance.Probe(c.Context(), assurance.Options{StateDir: stateDir})
 		w := c.OutOrStdout()
 		if *format == "json" {
-			err = printJSON(w, r)
+			err = printJSON(w, struct {
+				assurance.Report
+				Log logPlace `json:"log"`
+			}{r, findLogPlace()})
 		} else {
-			_, err = io.WriteString(w, doctorPage(r, colourful(w)))
+			_, err = io.WriteString(w, doctorPage(r, findLogPlace(), colourful(w)))
 		}
 		if err != nil {
 			return err
@@ -61,6 +66,21 @@ Exit code 0, or 7 when the state directory cannot be used or the level is below
 		return run.Exit(run.Assurance, r.Meets(level))
 	}
 	return c
+}
+
+// logPlace is where a node with --wal-ring-dir auto would encode its records.
+type logPlace struct {
+	Mode string `json:"mode"` // ring or mapped, as wal.mode in the status
+	Dir  string `json:"ring_dir,omitempty"`
+	Why  string `json:"why,omitempty"`
+}
+
+func findLogPlace() logPlace {
+	dir, err := run.RuntimeDir("node")
+	if err != nil {
+		return logPlace{Mode: wal.ModeMapped.String(), Why: strings.ReplaceAll(err.Error(), "\n", "; ")}
+	}
+	return logPlace{Mode: wal.ModeRing.String(), Dir: dir}
 }
 
 // doctorStateDir is the node's state directory. Where there is none yet, it is
@@ -97,7 +117,7 @@ func colourful(w io.Writer) bool {
 }
 
 // doctorPage writes the report for a person.
-func doctorPage(r assurance.Report, colour bool) string {
+func doctorPage(r assurance.Report, log logPlace, colour bool) string {
 	var b strings.Builder
 	paint := func(code, s string) string {
 		if !colour {
@@ -111,6 +131,13 @@ func doctorPage(r assurance.Report, colour bool) string {
 	left := "Platform assurance: " + string(r.Level)
 	fmt.Fprintf(&b, "%s%s%s\n", paint("1", left), strings.Repeat(" ", max(2, pageWidth-len(left)-len(right))), right)
 	for _, line := range wrapWords(levelMeaning[r.Level], pageWidth) {
+		fmt.Fprintln(&b, line)
+	}
+	place := "Log records are encoded in memory, in " + log.Dir + ", and written past the page cache."
+	if log.Why != "" {
+		place = "Log records are encoded into mapped files: " + log.Why + "."
+	}
+	for _, line := range wrapWords(printable(place), pageWidth) {
 		fmt.Fprintln(&b, line)
 	}
 	fmt.Fprintln(&b)

@@ -13,7 +13,10 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/autonomyops/autonomy/faultinject/powercut"
+	"github.com/autonomyops/autonomy/wal"
 )
 
 // perRound is how many power cuts are tried on one recording.
@@ -40,7 +43,7 @@ func states(t *testing.T) int {
 	t.Helper()
 	s := os.Getenv("FAULT_STATES")
 	if s == "" {
-		return 40
+		return 20
 	}
 	n, err := strconv.Atoi(s)
 	if err != nil || n < 1 || n > 1_000_000 {
@@ -51,7 +54,7 @@ func states(t *testing.T) int {
 
 // A tally is a row of the table.
 type tally struct {
-	fs                                            string
+	fs, ring                                      string // ring is as in work
 	states                                        int
 	acked, lost, invented, torn, created, refused uint64
 	bad                                           int // states with any fault
@@ -81,9 +84,9 @@ func (c *tally) add(v verdict) {
 func table(rows []*tally) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "fs\tstates\tacked\tlost\tinvented\ttorn tails\tno log yet\tdamage refused\twrites\tflushes\tin flight\trecording\tper state\t")
+	fmt.Fprintln(w, "fs\tmode\tstates\tacked\tlost\tinvented\ttorn tails\tno log yet\tdamage refused\twrites\tflushes\tin flight\trecording\tper state\t")
 	for _, r := range rows {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%v\t%v\t\n", r.fs, r.states, r.acked, r.lost, r.invented, r.torn, r.created, r.refused,
+		fmt.Fprintf(w, "%s\t%v\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%v\t%v\t\n", r.fs, optionsWith(r.ring).Mode, r.states, r.acked, r.lost, r.invented, r.torn, r.created, r.refused,
 			r.writes, r.flushes, r.inFlight, r.record.Round(time.Millisecond), (r.replay / time.Duration(max(1, r.states))).Round(100*time.Microsecond))
 	}
 	_ = w.Flush()
@@ -132,7 +135,7 @@ func replay(t *testing.T, c *tally, r *powercut.Recording, n notes, cuts []power
 	t.Helper()
 	begin := time.Now()
 	for _, cut := range cuts {
-		v := state(t, c.fs, r, n, cut)
+		v := state(t, c.fs, c.ring, r, n, cut)
 		c.add(v)
 		if report != nil {
 			report(cut, v)
@@ -141,7 +144,7 @@ func replay(t *testing.T, c *tally, r *powercut.Recording, n notes, cuts []power
 	c.replay += time.Since(begin)
 }
 
-func state(t *testing.T, fstype string, r *powercut.Recording, n notes, cut powercut.Cut) verdict {
+func state(t *testing.T, fstype, ring string, r *powercut.Recording, n notes, cut powercut.Cut) verdict {
 	t.Helper()
 	img, err := r.Image(cut)
 	if err != nil {
@@ -156,7 +159,13 @@ func state(t *testing.T, fstype string, r *powercut.Recording, n notes, cut powe
 			t.Fatal(err)
 		}
 	}()
-	return check(t.Context(), filepath.Join(m.Dir, "log"), n, cut.At)
+	if ring != "" { // a new one for every state: memory is empty after a power cut
+		if ring, err = os.MkdirTemp(ring, "state-"); err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(ring)
+	}
+	return check(t.Context(), filepath.Join(m.Dir, "log"), ring, n, cut.At)
 }
 
 // cutsOf spreads cuts over the recording, one in eight before the log was there.
@@ -170,21 +179,50 @@ func cutsOf(seed uint64, r *powercut.Recording, n notes, count int) []powercut.C
 	return cuts
 }
 
+// memory is a tmpfs for rings; it goes with the test.
+func memory(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m,mode=0700"); err != nil {
+		t.Fatal("mount a tmpfs: ", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// kind is a file system and a mode of the log.
+type kind struct {
+	fs   string
+	mode wal.Mode
+}
+
 func TestCampaign(t *testing.T) {
 	powercut.Require(t)
+	var kinds []kind
+	for _, fstype := range powercut.FileSystems {
+		kinds = append(kinds, kind{fstype, wal.ModeRing}, kind{fstype, wal.ModeMapped})
+	}
 	seed, want := seed(t), states(t)
 	t.Logf("FAULT_SEED=%d FAULT_STATES=%d", seed, want)
 	var mu sync.Mutex
-	rows := map[string]*tally{}
+	rows := map[kind]*tally{}
 	t.Run("fs", func(t *testing.T) {
-		for _, fstype := range powercut.FileSystems {
-			t.Run(fstype, func(t *testing.T) {
+		for _, k := range kinds {
+			fstype, mode := k.fs, k.mode
+			t.Run(fstype+"/"+mode.String(), func(t *testing.T) {
 				t.Parallel()
 				c := &tally{fs: fstype}
+				if mode == wal.ModeRing {
+					c.ring = memory(t)
+				}
 				for round := uint64(0); c.states < want && !t.Failed(); round++ {
 					s := seed + round
 					begin := time.Now()
-					r, n := recordWork(t, fstype, powercut.Options{Delay: delay}, work{Seed: s, Records: 600, Lives: 2})
+					r, n := recordWork(t, fstype, powercut.Options{Delay: delay}, work{Seed: s, Records: 600, Lives: 2, Ring: c.ring})
 					c.record += time.Since(begin)
 					st := r.Stats()
 					c.writes += st.Writes
@@ -202,22 +240,22 @@ func TestCampaign(t *testing.T) {
 						}
 					})
 					if t.Failed() {
-						keep(t, fstype, s, r, n)
+						keep(t, fstype, mode, s, r, n)
 					}
 				}
 				if c.acked == 0 {
 					t.Error("no record was acknowledged before any cut")
 				}
 				mu.Lock()
-				rows[fstype] = c
+				rows[k] = c
 				mu.Unlock()
 			})
 		}
 	})
 	var list []*tally
-	for _, fstype := range powercut.FileSystems {
-		if rows[fstype] != nil {
-			list = append(list, rows[fstype])
+	for _, k := range kinds {
+		if rows[k] != nil {
+			list = append(list, rows[k])
 		}
 	}
 	t.Logf("power cuts under the log\n%s", table(list))
@@ -228,18 +266,20 @@ func TestCampaign(t *testing.T) {
 func TestControls(t *testing.T) {
 	powercut.Require(t)
 	seed := seed(t)
+	ring := memory(t)
 	for _, control := range []struct {
 		name string
 		o    powercut.Options
 		w    work
 	}{
 		{"acknowledged before the sync", powercut.Options{Delay: delay}, work{Seed: seed, Records: 400, Lives: 1, AckEarly: true}},
+		{"acknowledged before the write from the ring", powercut.Options{Delay: delay}, work{Seed: seed, Records: 400, Lives: 1, AckEarly: true, Ring: ring}},
 		{"flush ignored", powercut.Options{Delay: delay, IgnoreFlush: true}, work{Seed: seed, Records: 400, Lives: 1}},
 	} {
 		t.Run(control.name, func(t *testing.T) {
 			t.Parallel()
 			r, n := recordWork(t, "ext4", control.o, control.w)
-			c := &tally{fs: "ext4"}
+			c := &tally{fs: "ext4", ring: control.w.Ring}
 			replay(t, c, r, n, powercut.Cuts(seed, n.Opened, len(r.Events), 40), nil)
 			t.Logf("caught in %d of %d states, %d of %d acknowledged records lost", c.bad, c.states, c.lost, c.acked)
 			if c.bad == 0 {
@@ -274,8 +314,11 @@ func TestReplay(t *testing.T) {
 	if err := gob.NewDecoder(g).Decode(&n); err != nil {
 		t.Fatal(err)
 	}
-	fstype, _, _ := strings.Cut(filepath.Base(path), "-")
+	fstype, rest, _ := strings.Cut(filepath.Base(path), "-")
 	c := &tally{fs: fstype}
+	if strings.HasPrefix(rest, wal.ModeRing.String()) {
+		c.ring = memory(t)
+	}
 	replay(t, c, r, n, cutsOf(n.Seed, r, n, min(perRound, states(t))), func(cut powercut.Cut, v verdict) {
 		for _, err := range v.faults {
 			t.Errorf("%v: %v", cut, err)
@@ -285,13 +328,13 @@ func TestReplay(t *testing.T) {
 }
 
 // keep writes a recording and its notes where FAULT_KEEP says.
-func keep(t *testing.T, fstype string, seed uint64, r *powercut.Recording, n notes) {
+func keep(t *testing.T, fstype string, mode wal.Mode, seed uint64, r *powercut.Recording, n notes) {
 	dir := os.Getenv("FAULT_KEEP")
 	if dir == "" {
 		t.Log("set FAULT_KEEP to a directory to keep recordings that fail")
 		return
 	}
-	path := filepath.Join(dir, fmt.Sprintf("%s-%d", fstype, seed))
+	path := filepath.Join(dir, fmt.Sprintf("%s-%v-%d", fstype, mode, seed))
 	f, err := os.Create(path)
 	if err != nil {
 		t.Error(err)

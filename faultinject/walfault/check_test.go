@@ -30,8 +30,9 @@ func (v *verdict) fault(format string, args ...any) {
 }
 
 // check opens the log in dir, which the power cut left after at events, and
-// compares it with the notes.
-func check(ctx context.Context, dir string, n notes, at int) (v verdict) {
+// compares it with the notes. ring is as in work: what the process before had
+// there went with the power.
+func check(ctx context.Context, dir, ring string, n notes, at int) (v verdict) {
 	for _, a := range n.Acked {
 		if a.Clock <= at {
 			v.acked = max(v.acked, a.Seq)
@@ -62,7 +63,7 @@ func check(ctx context.Context, dir string, n notes, at int) (v verdict) {
 	default:
 		v.snapshot(ctx, dir, n, before.First)
 	}
-	l, rec, err := wal.Open(dir, logOptions)
+	l, rec, err := wal.Open(dir, optionsWith(ring))
 	if err != nil {
 		v.refused = err
 		v.lost = v.acked

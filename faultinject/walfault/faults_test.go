@@ -699,7 +699,7 @@ func dies(t *testing.T, img *powercut.Image, fstype, options string, kill func(*
 	if m, err = powercut.MountDevice(dev.Path, fstype, options); err != nil {
 		t.Fatal(err)
 	}
-	v := check(t.Context(), filepath.Join(m.Dir, "log"), r.n, math.MaxInt)
+	v := check(t.Context(), filepath.Join(m.Dir, "log"), "", r.n, math.MaxInt)
 	for _, err := range v.faults {
 		t.Error(err)
 	}

@@ -53,6 +53,7 @@ func fill(b []byte, seed, seq uint64) {
 // A work says what the workload does.
 type work struct {
 	Dir      string
+	Ring     string // directory in memory for the ring; empty: mapped files
 	Seed     uint64
 	Records  int    // in each of its lives
 	Lives    int    // the log is closed between them, and not after the last
@@ -63,6 +64,17 @@ type work struct {
 
 // sizes of the log: small, so that slots are used again soon.
 var logOptions = wal.Options{SegmentBytes: 64 << 10, MaxBytes: 7 * 64 << 10, SyncInterval: 2 * time.Millisecond}
+
+// optionsWith are those with a ring in that directory, and fail without it; "":
+// mapped files.
+func optionsWith(ring string) wal.Options {
+	o := logOptions
+	o.Mode = wal.ModeMapped
+	if ring != "" {
+		o.Mode, o.RingDir = wal.ModeRing, ring
+	}
+	return o
+}
 
 // notes is what the workload saw. Clock is how much the device had recorded: of
 // acknowledgements and moved cursors read after they came, of requests before
@@ -206,7 +218,7 @@ func (r *run) all() error {
 	r.n.Seed = r.Seed
 	r.n.Appended = map[uint64]appended{}
 	for life := range r.Lives {
-		l, _, err := wal.Open(r.Dir, logOptions)
+		l, _, err := wal.Open(r.Dir, optionsWith(r.Ring))
 		if err != nil {
 			return err
 		}

@@ -14,8 +14,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
@@ -329,6 +332,9 @@ func fill(s Spec, open Open) (Result, error) {
 
 func read(s Spec, open Open) (_ Result, err error) {
 	var res Result
+	if err := warm(s.Dir); err != nil {
+		return Result{}, err
+	}
 	begin := time.Now()
 	log, err := open(s.Dir, s)
 	if err != nil {
@@ -365,6 +371,22 @@ func read(s Spec, open Open) (_ Result, err error) {
 	runtime.KeepAlive(sum)
 	res.RSS, res.Anon, err = resident()
 	return res, err
+}
+
+// warm brings the log's files into the page cache, where they are unless they were
+// written past it.
+func warm(dir string) error {
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, f)
+		return errors.Join(err, f.Close())
+	})
 }
 
 // A measurement holds what the counters said when it began.
