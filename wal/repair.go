@@ -52,7 +52,8 @@ func (w *walk) loss(s *found, f frame) error {
 	if w.count != 0 || x.first != w.next || x.last+1 < x.first || f.seq != x.last {
 		return s.damage(f.off, w.next, "a loss marker speaks of records %d to %d; want %d on", x.first, x.last, w.next)
 	}
-	w.next, w.chain, w.group = x.last+1, x.chain, pos{s.head.id, f.off + f.size}
+	w.next, w.chain = x.last+1, x.chain
+	w.begin(pos{s.head.id, f.off + f.size})
 	w.lost += x.last + 1 - x.first
 	w.losses++
 	return nil
@@ -191,7 +192,7 @@ func (r *repair) plan(rep *RepairReport) error {
 	for _, c := range r.meta.cursors {
 		most = max(most, c)
 	}
-	w := newWalk(segs[0])
+	w := newWalk(segs[0], &window{})
 	if first := segs[0].head; first.first-1 > most {
 		if err := r.insert(rep, header{id: first.prevID, first: most + 1}, first); err != nil {
 			return err

@@ -320,6 +320,10 @@ func (l *Log) openSlot(i int) error {
 		return &DamageError{Slot: slotName(i), Offset: info.Size(),
 			Reason: fmt.Sprintf("the file has %d bytes, want %d: it was cut or replaced", info.Size(), l.slotBytes)}
 	}
-	s.m, err = mapFile(f, l.slotBytes, true, true)
-	return err
+	if s.m, err = mapFile(f, l.slotBytes, true, true); err != nil {
+		return err
+	}
+	// For recovery, which reads the file: see mapFile.
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM) // advice only
+	return nil
 }

@@ -210,7 +210,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		s.walk = &walk{next: 1}
 		return checkEmpty(s.meta)
 	}
-	w := newWalk(s.segs[0])
+	w := newWalk(s.segs[0], &window{})
 	w.keys = s.keys
 	s.seen = 0
 	s.walk = w
@@ -221,7 +221,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 		}
 		readAhead(x.m)
 		if s.live && next == nil {
-			_ = guard(func() { refreshEnd(x.file, x) }) // a fault is met again below
+			_ = guard(func() { refreshEnd(x) }) // a fault is met again below
 		}
 		var group []Entry // of records whose marker is still to come
 		var err error
