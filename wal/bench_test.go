@@ -94,7 +94,7 @@ func BenchmarkDrain(b *testing.B) {
 	l := benchLog(b)
 	var last uint64
 	p := make([]byte, 1024)
-	for range 12_000 {
+	for range 40_000 { // more than two segments
 		last = benchAppend(b, l, p)
 	}
 	if err := l.WaitDurable(context.Background(), last); err != nil {

@@ -651,6 +651,7 @@ func (l *Log) prepareLoop() {
 		if err := l.noteTop(); err != nil {
 			l.o.Logger.Error("write-ahead log: cannot write the meta file", "err", err)
 		}
+		l.giveBackSealed()
 		for {
 			l.mu.Lock()
 			s := l.pick()
@@ -711,13 +712,37 @@ func (l *Log) prepare(s *slot) error {
 		}
 		s.clean = true
 	}
-	l.mu.Lock()
-	direct := l.ring != nil
-	l.mu.Unlock()
-	if direct {
+	if l.inRing() {
 		return nil // nothing is encoded there
 	}
-	return populate(s.m)
+	err := populate(s.m)
+	if l.inRing() { // since now
+		dropPages(s.m)
+	}
+	return err
+}
+
+func (l *Log) inRing() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ring != nil
+}
+
+// giveBackSealed takes segments that take no more records out of the page table:
+// what the log has in memory does not grow with what it holds.
+func (l *Log) giveBackSealed() {
+	var sealed []*slot
+	l.mu.Lock()
+	for _, seg := range l.live[:len(l.live)-1] {
+		if !seg.given {
+			seg.given = true
+			sealed = append(sealed, seg.slot)
+		}
+	}
+	l.mu.Unlock()
+	for _, s := range sealed {
+		dropPages(s.m)
+	}
 }
 
 func (l *Log) writeFree(s *slot) error {

@@ -352,6 +352,7 @@ type segment struct {
 	marks []mark             // its index, ascending; guarded by Log.mu, entries never change
 	keys  []epoch
 	limit int64 // where its frames end; 0: not sealed; guarded by Log.mu
+	given bool  // its pages were given back since it was sealed; guarded by Log.mu
 }
 
 // mark is an entry of a segment's index: record seq begins at off.
