@@ -173,8 +173,10 @@ func (v view) record(off *int64, seq uint64) (frame, bool) {
 	end := v.base + int64(len(v.b))
 	for *off < end {
 		f, ok := parseAt(v.b[*off-v.base:], keyAt(v.seg.keys, *off), *off)
-		if ok && f.kind == kindLoss && f.seq >= seq {
-			return f, parseLoss(f.payload).first <= seq
+		if ok && f.control() && f.seq >= seq {
+			if x, lost := f.lost(); lost && x.last >= x.first {
+				return f, x.first <= seq
+			}
 		}
 		if !ok || !f.control() && f.seq >= seq {
 			return f, ok && f.seq == seq
@@ -221,7 +223,7 @@ func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes in
 				if bytes += len(f.payload); bytes > maxBytes && len(b.Records) > 0 {
 					return
 				}
-				if f.kind == kindLoss {
+				if f.control() {
 					b.Records = append(b.Records, Record{Seq: next, Lost: f.seq + 1 - next, Void: true})
 					off += f.size
 					next = f.seq + 1
@@ -347,7 +349,7 @@ func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 	switch {
 	case err != nil:
 		return nil, 0, err
-	case f.kind == kindLoss:
+	case f.control():
 		return nil, ClassError, fmt.Errorf("%w: %d is gone: the log was damaged and repaired", ErrNotFound, seq)
 	case f.void():
 		return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
@@ -360,13 +362,14 @@ func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 // durable yet, not in the log any more, or not lost; ErrClosed, ErrDamaged.
 func (l *Log) LossAt(seq uint64) (first, last uint64, found time.Time, err error) {
 	payload, f, err := l.get(seq)
-	switch {
-	case err != nil:
+	if err != nil {
 		return 0, 0, time.Time{}, err
-	case f.kind != kindLoss:
+	}
+	f.payload = payload
+	x, lost := f.lost()
+	if !lost {
 		return 0, 0, time.Time{}, fmt.Errorf("%w: %d is not lost", ErrNotFound, seq)
 	}
-	x := parseLoss(payload)
 	return x.first, x.last, time.Unix(0, int64(x.time)).UTC(), nil
 }
 

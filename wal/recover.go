@@ -152,7 +152,7 @@ func (p *part) read(l *Log, src *window) {
 	}
 	if e := guard(func() { // beyond the end of the newest its mapping is read
 		p.t, p.err = p.w.segment(s, p.next, func(f frame) error {
-			if f.kind == kindLoss { // readers account for it
+			if _, lost := f.lost(); lost { // readers account for it
 				seg.last[ClassError] = max(seg.last[ClassError], f.seq)
 			} else if !f.control() {
 				seg.last[f.class()] = f.seq
@@ -180,7 +180,7 @@ func (p place) follow(s *found) place {
 			break
 		}
 		p.off += f.size
-		if f.kind == kindLoss {
+		if _, lost := f.lost(); lost {
 			p.next = f.seq + 1
 		} else if !f.control() {
 			p.next++

@@ -237,11 +237,13 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 			}
 			break
 		}
-		if f.kind == kindLoss {
-			if err := w.loss(s, f); err != nil {
+		if x, ok := f.lost(); ok {
+			if err := w.loss(s, f, x); err != nil {
 				return t, err
 			}
-			t.marked, t.confirmed, t.closed = f.off+f.size, true, false
+			if f.kind == kindLoss {
+				t.marked, t.confirmed, t.closed = f.off+f.size, true, false
+			}
 		} else if f.kind == kindCheckpoint {
 			if err := w.checkpoint(s, f); err != nil {
 				return t, err

@@ -33,6 +33,9 @@ func makeDir(dir string) error { return vfs.MkdirAll(dir, 0o700) }
 // was interrupted has no meta file yet and is made anew; a slot in it that was
 // ever used says otherwise.
 func (l *Log) provision(rec *Recovery) error {
+	if err := os.Remove(l.path(repairTemp)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err // what a repair that was cut short left behind counts against the ceiling
+	}
 	b, err := readSmall(l.path("meta"), 2*pageSize)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -255,12 +258,16 @@ func (l *Log) room(n int64) error {
 	return nil
 }
 
-func (l *Log) makeSlot(i int) (err error) {
+func (l *Log) makeSlot(i int) error {
 	f, err := os.OpenFile(l.path(slotName(i)), os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	return errors.Join(l.fillSlot(f), f.Close())
+}
+
+// fillSlot writes all of a new slot, durably.
+func (l *Log) fillSlot(f *os.File) error {
 	if err := noCopyOnWrite(f); err != nil {
 		return err
 	}

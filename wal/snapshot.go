@@ -244,10 +244,8 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 					}
 					group = group[:0]
 				}
-				if k := f.kind; k == kindLoss {
-					if p := parseLoss(f.payload); p.last >= p.first {
-						group = append(group, Entry{Record{Seq: p.first, Lost: p.last + 1 - p.first, Void: true}, Position{x.head.id, f.off}, x.name})
-					}
+				if p, lost := f.lost(); lost && p.last >= p.first {
+					group = append(group, Entry{Record{Seq: p.first, Lost: p.last + 1 - p.first, Void: true}, Position{x.head.id, f.off}, x.name})
 				}
 				if !f.control() {
 					e := Entry{Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload}, Position{x.head.id, f.off}, x.name}
