@@ -84,7 +84,7 @@ func (l *Log) mend(newest *found, rec *Recovery) (err error) {
 	unreadable := func(fault error) error { return newest.damage(0, 0, "the file cannot be read: %v", fault) }
 	_ = populate(newest.m) // one call for all pages instead of a fault for each; reading finds what is wrong
 	var end place
-	if e := guard(func() { end = refreshEnd(newest) }); e != nil {
+	if e := guard(func() { end = refreshEnd(newest, place{dataStart, newest.head.first}) }); e != nil {
 		return unreadable(e)
 	}
 	if rec.Replayed, err = l.takeReplay(newest); err != nil {
@@ -191,11 +191,11 @@ func (p place) follow(s *found) place {
 
 // refreshEnd finds where the newest segment ends by what the disk says, not by a
 // page that was cached beside a direct write: what follows the last whole frame
-// is read again until that changes nothing.
-func refreshEnd(s *found) place {
+// is read again until that changes nothing. It begins at p.
+func refreshEnd(s *found, p place) place {
 	const span = 1 << 20
 	end := int64(len(s.m))
-	for p, again := (place{dataStart, s.head.first}), int64(0); ; {
+	for again := int64(0); ; {
 		if p = p.follow(s); p.off == again || p.off >= end {
 			return p
 		}

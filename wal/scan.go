@@ -123,6 +123,7 @@ type walk struct {
 
 	keys        []ed25519.PublicKey // of checkpoints; none: signatures are not checked
 	quick       bool                // take the markers' word for the chain
+	follows     bool                // what is not whole in the newest segment is being written
 	losses      uint64              // loss markers
 	lost        uint64              // records that they tell of
 	checkpoints uint64
@@ -199,15 +200,21 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 	if err := w.enter(s); err != nil {
 		return tail{}, err
 	}
-	w.src.open(s)
-	defer w.src.done()
 	w.begin(pos{s.head.id, dataStart})
-	t := tail{end: dataStart, marked: dataStart}
+	return w.frames(s, next, fn)
+}
+
+// frames is segment from where the open group begins.
+func (w *walk) frames(s, next *found, fn func(frame) error) (tail, error) {
+	from := w.group.off
+	w.src.open(s, from)
+	defer w.src.done()
+	t := tail{end: from, marked: from}
 	limit := int64(len(s.m))
 	if next != nil {
 		limit = int64(next.head.prevEnd)
 	}
-	for off := int64(dataStart); off < limit; {
+	for off := from; off < limit; {
 		if w.quick {
 			w.src.release(off)
 		} else {
@@ -226,6 +233,9 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 		if !ok {
 			if next != nil {
 				return t, s.damage(off, w.next, "no whole record, but segment %d says that this one ends at %d", next.head.id, limit)
+			}
+			if w.follows {
+				break
 			}
 			again, err := w.beyond(s, off, &t)
 			if err != nil {

@@ -23,10 +23,10 @@ const (
 	giveBack    = 1 << 20   // bytes of a mapping that are given back at once
 )
 
-// open moves the window to the start of s.
-func (v *window) open(s *found) {
-	v.s, v.need, v.gone = s, dataStart, 0
-	v.reload(dataStart)
+// open moves the window to s, from off on.
+func (v *window) open(s *found, off int64) {
+	v.s, v.need, v.gone = s, off, off&^(pageSize-1)
+	v.reload(off)
 	if v.read {
 		readFileAhead(s.file)
 	}
