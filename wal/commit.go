@@ -320,7 +320,7 @@ func (l *Log) takeReady() *slot {
 func (l *Log) newLife(s *slot, id, first uint64, prev pos) (*segment, []byte) {
 	h := header{
 		state: stateLive, logID: l.id, slotBytes: uint64(l.slotBytes), id: id, key: randomKey(), first: first,
-		prevID: prev.id, prevEnd: uint64(prev.off), chain: l.chain, created: uint64(time.Now().UnixNano()),
+		prevID: prev.id, prevEnd: uint64(prev.off), chain: l.chain, created: l.o.stamp(),
 	}
 	page := pageAligned(pageSize)
 	h.put(page)

@@ -146,7 +146,8 @@ type Options struct {
 
 	sync       func(*os.File) error // fdatasync of a slot; tests make it fail
 	openDirect func(string) (*os.File, error)
-	hooked     bool // sync is a test's: called after direct writes too
+	now        func() time.Time // of timestamps, which nothing depends on
+	hooked     bool             // sync is a test's: called after direct writes too
 }
 
 // Mode is how records reach the disk.
@@ -199,6 +200,9 @@ func (o *Options) setDefaults() error {
 	if o.RingBytes == 0 {
 		o.RingBytes = DefaultRingBytes
 	}
+	if o.now == nil {
+		o.now = time.Now
+	}
 	if o.openDirect == nil {
 		o.openDirect = openDirect
 	}
@@ -237,6 +241,10 @@ func (o *Options) setDefaults() error {
 	}
 	return nil
 }
+
+// stamp is the wall clock, in unix nanoseconds, as the log writes it down. It may
+// jump: order comes from sequence numbers, intervals from the monotonic clock.
+func (o *Options) stamp() uint64 { return uint64(max(o.now().UnixNano(), 0)) }
 
 // Recovery tells what Open found.
 type Recovery struct {

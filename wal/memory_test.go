@@ -45,7 +45,7 @@ func childMemory(dir string) error {
 }
 
 func memoryOptions() Options {
-	return inMode(Options{SegmentBytes: 4 << 20, MaxBytes: 64 << 20})
+	return inMode(Options{SegmentBytes: 1 << 20, MaxBytes: 64 << 20})
 }
 
 // readThrough takes every record up to last, whatever it holds.
@@ -116,7 +116,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 	t.Logf("with %d MiB: %v KiB, with %d MiB: %v KiB after opening, reading, appending", sizes[0], kib[0], sizes[1], kib[1])
 	for i, when := range []string{"opening", "reading", "appending"} {
-		if float64(kib[1][i]) > 1.1*float64(kib[0][i])+1024 { // the index takes 1/1000
+		if float64(kib[1][i]) > 1.1*float64(kib[0][i])+4096 { // in mapped files two slots, and part of a third, come and go
 			t.Errorf("after %s %d KiB with %d MiB and %d KiB with %d MiB", when, kib[0][i], sizes[0], kib[1][i], sizes[1])
 		}
 	}

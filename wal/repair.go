@@ -51,7 +51,7 @@ func (x *loss) put(b []byte) {
 // putGap writes the payload of a gap: how many, and when.
 func (x *loss) putGap(b []byte) {
 	le.PutUint32(b, uint32(x.last+1-x.first))
-	le.PutUint32(b[4:], uint32(x.time/uint64(time.Second)))
+	le.PutUint32(b[4:], uint32(min(x.time/uint64(time.Second), math.MaxUint32)))
 }
 
 // lost is what f says, if it is a gap or a loss. Its last is f.seq, or the frame
@@ -170,6 +170,9 @@ type repair struct {
 	pieces []*piece // oldest first
 	h      *blake3.Hasher
 }
+
+// stamp is the time of the repair, in unix nanoseconds.
+func (r *repair) stamp() uint64 { return uint64(max(r.at.UnixNano(), 0)) }
 
 func (r *repair) close() {
 	for _, f := range r.files {
@@ -361,7 +364,7 @@ func (r *repair) insert(rep *RepairReport, h, next header) error {
 		h.id = next.id - 1
 	}
 	h.state, h.logID, h.slotBytes = stateLive, r.meta.logID, uint64(r.meta.slotBytes)
-	h.key, h.created = randomKey(), uint64(r.at.UnixNano())
+	h.key, h.created = randomKey(), r.stamp()
 	p := &piece{slot: slot, head: h, changed: true}
 	w := &walk{next: h.first, chain: next.chain}
 	c := &composer{r: r, p: p, w: w, body: make([]byte, 0, pageSize)}
@@ -425,7 +428,7 @@ func (c *composer) lose(seq uint64, why string) {
 	if seq <= c.w.next {
 		return
 	}
-	x := loss{first: c.w.next, last: seq - 1, time: uint64(c.r.at.UnixNano())}
+	x := loss{first: c.w.next, last: seq - 1, time: c.r.stamp()}
 	if seq-c.w.next > math.MaxUint32 { // only a cursor can speak of so many
 		c.loss(x.last, why)
 		return
@@ -440,7 +443,7 @@ func (c *composer) lose(seq uint64, why string) {
 // loss writes a loss up to last; the chain goes on as w says.
 func (c *composer) loss(last uint64, why string) {
 	c.group()
-	x := loss{c.w.next, last, c.w.chain, uint64(c.r.at.UnixNano())}
+	x := loss{c.w.next, last, c.w.chain, c.r.stamp()}
 	b, off := c.frame(lossSize)
 	x.put(b[frameHeader:])
 	putFrame(b, c.p.head.key, off, lossSize, kindLoss, last)

@@ -127,6 +127,7 @@ type walk struct {
 	losses      uint64              // loss markers
 	lost        uint64              // records that they tell of
 	checkpoints uint64
+	signed      bool   // by one of the keys
 	signedSeq   uint64 // last record below a checkpoint that a key has signed
 	signedAt    uint64 // unix nanoseconds of that
 }

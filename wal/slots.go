@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -45,7 +44,7 @@ func (l *Log) provision(rec *Recovery) error {
 		slots := int(l.o.MaxBytes / l.o.SegmentBytes)
 		l.slotBytes = min(l.o.SegmentBytes, (l.o.MaxBytes-overhead)/int64(slots)) &^ (pageSize - 1)
 		rec.Created = true
-		l.meta = meta{logID: randomKey(), slotBytes: l.slotBytes, slots: slots, created: uint64(time.Now().UnixNano())}
+		l.meta = meta{logID: randomKey(), slotBytes: l.slotBytes, slots: slots, created: l.o.stamp()}
 		if err := l.makeSlots(slots); err != nil {
 			return err
 		}

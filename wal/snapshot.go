@@ -452,10 +452,10 @@ func VerifyWith(ctx context.Context, dir string, o VerifyOptions) (Report, error
 	r.Records, r.Voids, r.Uncommitted = w.records, w.voids, w.count
 	r.Gaps, r.Lost = w.losses, w.lost
 	r.Checkpoints, r.SignedSeq = w.checkpoints, w.signedSeq
-	if w.signedAt != 0 {
+	if w.signed {
 		r.SignedAt = time.Unix(0, int64(w.signedAt)).UTC()
 	}
-	if err == nil && len(o.Keys) > 0 && w.signedAt == 0 {
+	if err == nil && len(o.Keys) > 0 && !w.signed {
 		err = fmt.Errorf("%w by any of the %d keys given: %d checkpoints", ErrUnsigned, len(o.Keys), w.checkpoints)
 	}
 	r.Chain = fmt.Sprintf("blake3:%x", w.chain)
