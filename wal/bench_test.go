@@ -94,7 +94,7 @@ func BenchmarkDrain(b *testing.B) {
 	l := benchLog(b)
 	var last uint64
 	p := make([]byte, 1024)
-	for range 12_000 {
+	for range 40_000 { // more than two segments
 		last = benchAppend(b, l, p)
 	}
 	if err := l.WaitDurable(context.Background(), last); err != nil {
@@ -238,6 +238,7 @@ func BenchmarkOpen(b *testing.B) {
 			}
 			b.SetBytes(bytes)
 			var took time.Duration
+			best := time.Hour
 			b.ResetTimer()
 			for range b.N {
 				l, rec, err := Open(dir, o)
@@ -245,6 +246,7 @@ func BenchmarkOpen(b *testing.B) {
 					b.Fatal(err)
 				}
 				took += rec.Duration
+				best = min(best, rec.Duration)
 				b.StopTimer()
 				if err := l.Close(); err != nil {
 					b.Fatal(err)
@@ -252,6 +254,7 @@ func BenchmarkOpen(b *testing.B) {
 				b.StartTimer()
 			}
 			b.ReportMetric(float64(took.Milliseconds())/float64(b.N), "open-ms")
+			b.ReportMetric(float64(best.Milliseconds()), "best-ms")
 		})
 	}
 }

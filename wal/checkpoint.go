@@ -98,7 +98,7 @@ func (l *Log) checkpointDue(closing bool) bool {
 // putCheckpoint writes the frame after the marker that ends at off. A signer that
 // fails leaves a void in its place: the group does not wait for it.
 func (l *Log) putCheckpoint(b []byte, seg *segment, off int64, seq uint64, chain [32]byte) {
-	c := checkpoint{chain: chain, time: uint64(time.Now().UnixNano()), segment: seg.id, offset: uint64(off), keyID: l.signer.id}
+	c := checkpoint{chain: chain, time: l.o.stamp(), segment: seg.id, offset: uint64(off), keyID: l.signer.id}
 	sig, err := l.signer.Sign(crand.Reader, c.signed(l.id, seq), crypto.Hash(0))
 	if err == nil && len(sig) != len(c.sig) {
 		err = fmt.Errorf("signature has %d bytes, want %d", len(sig), len(c.sig))
@@ -134,7 +134,7 @@ func (w *walk) checkpoint(s *found, f frame) error {
 			if !ed25519.Verify(k, c.signed(s.head.logID, f.seq), c.sig[:]) {
 				return s.damage(f.off, w.next, "the signature of this checkpoint is wrong: what is before it was not written by the holder of the key")
 			}
-			w.signedSeq, w.signedAt = f.seq, c.time
+			w.signed, w.signedSeq, w.signedAt = true, f.seq, c.time
 			return nil
 		}
 	}

@@ -349,7 +349,7 @@ func (l *Log) takeReady() *slot {
 func (l *Log) newLife(s *slot, id, first uint64, prev pos) (*segment, []byte) {
 	h := header{
 		state: stateLive, logID: l.id, slotBytes: uint64(l.slotBytes), id: id, key: randomKey(), first: first,
-		prevID: prev.id, prevEnd: uint64(prev.off), chain: l.chain, created: uint64(time.Now().UnixNano()),
+		prevID: prev.id, prevEnd: uint64(prev.off), chain: l.chain, created: l.o.stamp(),
 	}
 	page := pageAligned(pageSize)
 	h.put(page)
@@ -678,6 +678,7 @@ func (l *Log) prepareLoop() {
 		if err := l.noteTop(); err != nil {
 			l.o.Logger.Error("write-ahead log: cannot write the meta file", "err", err)
 		}
+		l.giveBackSealed()
 		for {
 			l.mu.Lock()
 			s := l.pick()
@@ -738,13 +739,33 @@ func (l *Log) prepare(s *slot) error {
 		}
 		s.clean = true
 	}
-	l.mu.Lock()
-	mapped := l.mapped
-	l.mu.Unlock()
-	if !mapped {
+	if !l.inMapped() {
 		return nil // nothing is encoded there
 	}
 	return populate(s.m)
+}
+
+func (l *Log) inMapped() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mapped
+}
+
+// giveBackSealed takes segments that take no more records out of the page table:
+// what the log has in memory does not grow with what it holds.
+func (l *Log) giveBackSealed() {
+	var sealed []*slot
+	l.mu.Lock()
+	for _, seg := range l.live[:len(l.live)-1] {
+		if !seg.given {
+			seg.given = true
+			sealed = append(sealed, seg.slot)
+		}
+	}
+	l.mu.Unlock()
+	for _, s := range sealed {
+		dropPages(s.m)
+	}
 }
 
 func (l *Log) writeFree(s *slot) error {

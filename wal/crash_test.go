@@ -24,6 +24,14 @@ import (
 
 // TestMain runs this binary as the child of TestKill when asked to.
 func TestMain(m *testing.M) {
+	if dir := os.Getenv("WAL_TEST_MEMORY"); dir != "" {
+		setMode()
+		if err := childMemory(dir); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		return
+	}
 	if dir := os.Getenv("WAL_TEST_CHILD"); dir != "" {
 		setMode()
 		if os.Getenv("WAL_TEST_NOWAIT") != "" {

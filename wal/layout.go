@@ -282,6 +282,8 @@ func validKind(kind byte, n int64) bool {
 		return n == checkpointSize
 	case kindLoss:
 		return n == lossSize
+	case kindGap:
+		return n == gapSize
 	}
 	return kind&^(kindClass|kindVoid) == 0 && Class(kind&kindClass) < NumClasses
 }

@@ -150,7 +150,8 @@ type Options struct {
 
 	sync       func(*os.File) error // fdatasync of a slot; tests make it fail
 	openDirect func(string) (*os.File, error)
-	hooked     bool // sync is a test's: called after direct writes too
+	now        func() time.Time // of timestamps, which nothing depends on
+	hooked     bool             // sync is a test's: called after direct writes too
 }
 
 // Mode is how records reach the disk.
@@ -203,6 +204,9 @@ func (o *Options) setDefaults() error {
 	if o.RingBytes == 0 {
 		o.RingBytes = DefaultRingBytes
 	}
+	if o.now == nil {
+		o.now = time.Now
+	}
 	if o.openDirect == nil {
 		o.openDirect = openDirect
 	}
@@ -241,6 +245,10 @@ func (o *Options) setDefaults() error {
 	}
 	return nil
 }
+
+// stamp is the wall clock, in unix nanoseconds, as the log writes it down. It may
+// jump: order comes from sequence numbers, intervals from the monotonic clock.
+func (o *Options) stamp() uint64 { return uint64(max(o.now().UnixNano(), 0)) }
 
 // Recovery tells what Open found.
 type Recovery struct {
@@ -363,6 +371,7 @@ type segment struct {
 	marks []mark             // its index, ascending; guarded by Log.mu, entries never change
 	keys  []epoch
 	limit int64 // where its frames end; 0: not sealed; guarded by Log.mu
+	given bool  // its pages were given back since it was sealed; guarded by Log.mu
 }
 
 // mark is an entry of a segment's index: record seq begins at off.

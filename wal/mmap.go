@@ -107,6 +107,17 @@ func readAhead(m []byte) {
 	}
 }
 
+// readFileAhead starts reading all of f, in single pages: see mapFile.
+func readFileAhead(f *os.File) { _ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED) } // advice only
+
+// dropPages takes m out of the page table: of a shared mapping nothing is lost,
+// and what is touched again is mapped again.
+func dropPages(m []byte) {
+	if len(m) > 0 {
+		_ = unix.Madvise(m, unix.MADV_DONTNEED) // advice only
+	}
+}
+
 // populate brings the pages of m into memory and into the page table, so that
 // no append waits for a read. It maps them for reading: for writing would make
 // all of them dirty, and the next sync would write the whole slot. Kernels

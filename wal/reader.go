@@ -21,34 +21,55 @@ type Record struct {
 // End is the last sequence number that r stands for: its own, but for a loss.
 func (r Record) End() uint64 { return r.Seq + max(r.Lost, 1) - 1 }
 
-// Batch is records that stand one after the other in one mapping.
+// Batch is records that stand one after the other in one mapping. Records and
+// what it points to belong to the log again after Release.
 type Batch struct {
 	Records []Record
 	l       *Log
-	s       *slot
-	buf     *[]byte
+	s       *slot // pinned; nil: the records are copies
+	from    int64 // the pages of s from here to to are given back
+	to      int64
+	mem     *batchMem
 }
 
-// Release gives the views up. It must be called once per Batch, also when
-// Records is not used.
+// batchMem is the memory of a batch, which Release gives to the next one.
+type batchMem struct {
+	records []Record
+	bytes   []byte // of records copied out of the ring, which does not wait for its readers
+}
+
+var batches = sync.Pool{New: func() any { return new(batchMem) }}
+
+// What a batch leaves to the next one is bounded, so that a large one is not kept
+// for ever.
+const (
+	maxPooledRecords = 4096
+	maxPooledBytes   = 4 << 20
+)
+
+// Release gives the views up, and takes the pages that were read out of the page
+// table. It must be called once per Batch, also when Records is not used.
 func (b Batch) Release() {
-	switch {
-	case b.buf != nil:
-		copies.Put(b.buf)
-	case b.l != nil:
+	if b.mem == nil {
+		return
+	}
+	clear(b.mem.records) // views must not outlive their mapping, not even unread
+	if b.mem.records = b.mem.records[:0]; cap(b.mem.records) <= maxPooledRecords && cap(b.mem.bytes) <= maxPooledBytes {
+		batches.Put(b.mem)
+	}
+	if b.s != nil {
+		dropPages(b.s.m[b.from:b.to])
 		b.l.unpin(b.s)
 	}
 }
-
-// copies are buffers for batches that were copied out of the ring, which does
-// not wait for its readers.
-var copies = sync.Pool{New: func() any { return new([]byte) }}
 
 // Reader reads durable records in order. It belongs to one goroutine at a time.
 type Reader struct {
 	l    *Log
 	next uint64
-	at   pos // where next stands; off 0: look it up
+	at   pos   // where next stands; off 0: look it up
+	gone int64 // what stands before it in at's segment was given back
+	warm int64 // what stands before it was read ahead
 }
 
 // Reader starts at the record from. When that is no longer in the log, it
@@ -109,6 +130,8 @@ type view struct {
 	ring *ring  // nil: the slot
 	b    []byte // what stands from base on
 	base int64
+
+	sealed bool // nothing comes behind b in this segment
 }
 
 var errOverrun = errors.New("the ring was written over meanwhile")
@@ -117,10 +140,10 @@ var errOverrun = errors.New("the ring was written over meanwhile")
 func (l *Log) view(seg *segment, off int64) view {
 	if r := l.ring; r != nil && seg == l.cur && off >= max(r.low, l.tail-r.size()) && off < l.flushed {
 		r.refs++
-		return view{l, seg, r, r.frame(off, l.flushed-off), off}
+		return view{l: l, seg: seg, ring: r, b: r.frame(off, l.flushed-off), base: off}
 	}
 	seg.refs++
-	return view{l, seg, nil, seg.m[:seg.end()], 0}
+	return view{l: l, seg: seg, b: seg.m[:seg.end()], sealed: seg.limit != 0}
 }
 
 // done gives a view up. From then on the ring's bytes may change: whole tells
@@ -146,8 +169,10 @@ func (v view) record(off *int64, seq uint64) (frame, bool) {
 	end := v.base + int64(len(v.b))
 	for *off < end {
 		f, ok := parseAt(v.b[*off-v.base:], keyAt(v.seg.keys, *off), *off)
-		if ok && f.kind == kindLoss && f.seq >= seq {
-			return f, parseLoss(f.payload).first <= seq
+		if ok && f.control() && f.seq >= seq {
+			if x, lost := f.lost(); lost && x.last >= x.first {
+				return f, x.first <= seq
+			}
 		}
 		if !ok || !f.control() && f.seq >= seq {
 			return f, ok && f.seq == seq
@@ -168,16 +193,18 @@ func (v view) refresh(try int) bool {
 	return true
 }
 
-// ahead is how far beyond a batch the slot is read ahead.
-const ahead = 256 << 10
+// ahead is how far the slot is read ahead.
+const ahead = 2 << 20
 
 func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes int) (b Batch, err error) {
+	b.mem = batches.Get().(*batchMem)
+	b.Records = b.mem.records
 	if v.ring == nil {
 		b.l, b.s = r.l, v.seg.slot
 	}
 	start, next, bytes := off, r.next, 0
-	if v.ring == nil && v.seg.dio != nil { // not in memory: nobody wrote it there
-		readAhead(v.b[off&^(pageSize-1) : min(int64(len(v.b)), off+int64(min(maxBytes, maxSegment))+ahead)])
+	if v.ring == nil {
+		r.enter(v, off, int64(min(maxBytes, maxSegment)))
 	}
 	for try := 1; ; try++ {
 		broken := false
@@ -192,10 +219,7 @@ func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes in
 				if bytes += len(f.payload); bytes > maxBytes && len(b.Records) > 0 {
 					return
 				}
-				if b.Records == nil {
-					b.Records = make([]Record, 0, min(max(maxRecords, 1), int(durable-next)+1, 1024))
-				}
-				if f.kind == kindLoss {
+				if f.control() {
 					b.Records = append(b.Records, Record{Seq: next, Lost: f.seq + 1 - next, Void: true})
 					off += f.size
 					next = f.seq + 1
@@ -216,16 +240,13 @@ func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes in
 			break
 		}
 	}
+	b.mem.records = b.Records
 	if v.ring != nil && !v.done() {
 		b.Release()
 		return Batch{}, errOverrun
 	}
 	if err != nil {
-		if v.ring == nil {
-			v.done()
-		} else {
-			b.Release()
-		}
+		b.Release()
 		return Batch{}, fmt.Errorf("read record %d: %w", next, err)
 	}
 	for i := range b.Records {
@@ -233,15 +254,48 @@ func (r *Reader) read(v view, off int64, durable uint64, maxRecords, maxBytes in
 			b.Records[i].Payload = nil
 		}
 	}
+	if v.ring == nil {
+		r.passed(&b, v, off)
+	}
 	r.next, r.at = next, pos{v.seg.id, off}
 	return b, nil
 }
 
+// enter prepares to read n bytes or more of v from off on.
+func (r *Reader) enter(v view, off, n int64) {
+	if r.at.id != v.seg.id || r.gone > off {
+		r.gone, r.warm = off&^(pageSize-1), off&^(pageSize-1)
+	}
+	// From the ring nobody has the pages in memory.
+	if end := int64(len(v.b)); v.seg.dio != nil && r.warm < min(off+n, end) {
+		to := min(off+n, end)
+		if v.sealed { // else those pages are still to be written, past the cache
+			to = min(to+ahead, end)
+		}
+		readAhead(v.b[r.warm:to])
+		r.warm = to &^ (pageSize - 1)
+	}
+}
+
+// passed has b give back the pages that r is past when it is released. What is
+// still to be written in the current segment stays mapped: off is not beyond it.
+func (r *Reader) passed(b *Batch, v view, off int64) {
+	to := off &^ (pageSize - 1)
+	if end := int64(len(v.b)); end-off < pageSize && v.sealed {
+		to = int64(len(v.seg.m)) // nothing more is read here
+	} else if to-r.gone < dropStep {
+		return
+	}
+	b.from, b.to, r.gone = r.gone, to, to
+}
+
+// dropStep is how many bytes a reader gives back at once.
+const dropStep = 2 << 20
+
 // copyOut makes the payloads, which lie in src, views of a copy.
 func (b *Batch) copyOut(src []byte) {
-	b.buf = copies.Get().(*[]byte)
-	*b.buf = append((*b.buf)[:0], src...)
-	rest := *b.buf
+	b.mem.bytes = append(b.mem.bytes[:0], src...)
+	rest := b.mem.bytes
 	for i := 0; i < len(b.Records) && len(rest) >= frameHeader; {
 		n := int(le.Uint32(rest))
 		if b.Records[i].Lost > 0 {
@@ -291,7 +345,7 @@ func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 	switch {
 	case err != nil:
 		return nil, 0, err
-	case f.kind == kindLoss:
+	case f.control():
 		return nil, ClassError, fmt.Errorf("%w: %d is gone: the log was damaged and repaired", ErrNotFound, seq)
 	case f.void():
 		return nil, f.class(), fmt.Errorf("%w: %d was aborted by its writer", ErrNotFound, seq)
@@ -304,13 +358,14 @@ func (l *Log) Get(seq uint64) ([]byte, Class, error) {
 // durable yet, not in the log any more, or not lost; ErrClosed, ErrDamaged.
 func (l *Log) LossAt(seq uint64) (first, last uint64, found time.Time, err error) {
 	payload, f, err := l.get(seq)
-	switch {
-	case err != nil:
+	if err != nil {
 		return 0, 0, time.Time{}, err
-	case f.kind != kindLoss:
+	}
+	f.payload = payload
+	x, lost := f.lost()
+	if !lost {
 		return 0, 0, time.Time{}, fmt.Errorf("%w: %d is not lost", ErrNotFound, seq)
 	}
-	x := parseLoss(payload)
 	return x.first, x.last, time.Unix(0, int64(x.time)).UTC(), nil
 }
 

@@ -3,7 +3,9 @@ package wal
 import (
 	"errors"
 	"fmt"
-	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
 )
 
 // recover reads the whole log, decides where it ends, and makes the log ready
@@ -33,6 +35,7 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 			return err
 		}
 		if x != nil {
+			x.file = s.file
 			segs = append(segs, x)
 		}
 	}
@@ -46,84 +49,159 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 	if len(segs) == 0 {
 		return l.begin()
 	}
-	var voids uint64
-	newest := segs[len(segs)-1]
-	if e := guard(func() { refreshEnd(l.slots[newest.slot].file, newest) }); e != nil {
-		return newest.damage(0, 0, "the file cannot be read: %v", e)
-	}
-	replayed, err := l.takeReplay(newest)
-	if err != nil {
-		return err
-	}
-	if e := guard(func() { voids = salvage(newest) }); e != nil {
-		return newest.damage(0, 0, "the file cannot be read: %v", e)
-	}
-	w := newWalk(segs[0])
-	w.quick = !l.o.VerifyOnOpen
+	w := &walk{next: segs[0].head.first, chain: segs[0].head.chain}
 	var t tail
-	for i, s := range segs {
-		seg := newSegment(l.slots[s.slot], s.head.id, s.head.first, s.epochs)
-		seg.prev = pos{s.head.prevID, int64(s.head.prevEnd)}
-		var next *found
-		if i+1 < len(segs) {
-			next = segs[i+1]
-		}
-		_ = populate(s.m) // one call for all pages instead of a fault for each; reading finds what is wrong
-		var err error
-		if e := guard(func() {
-			t, err = w.segment(s, next, func(f frame) error {
-				if f.kind == kindLoss { // readers account for it
-					seg.last[ClassError] = max(seg.last[ClassError], f.seq)
-				} else if !f.control() {
-					seg.last[f.class()] = f.seq
-					seg.note(f.seq, f.off)
-				}
-				return nil
-			})
-		}); e != nil {
-			err = s.damage(0, w.next, "the file cannot be read: %v", e)
-		}
-		if err != nil {
+	for _, p := range l.readAll(segs, rec) {
+		if err := w.enter(p.s); err != nil {
 			return err
 		}
-		if next != nil {
-			seg.limit = t.end
+		if p.err != nil {
+			return p.err
 		}
-		seg.state = slotLive
-		l.live = append(l.live, seg)
+		w.next, w.chain, w.group, w.count = p.w.next, p.w.chain, p.w.group, p.w.count
+		w.records += p.w.records
+		if t = p.t; p.next != nil {
+			p.seg.limit = t.end
+		}
+		p.seg.state = slotLive
+		l.live = append(l.live, p.seg)
 	}
-	lastSeq := w.next - 1
-	if err := checkCursors(segs[0], lastSeq, l.meta); err != nil {
+	rec.LastSeq = w.next - 1
+	if err := checkCursors(segs[0], rec.LastSeq, l.meta); err != nil {
 		return err
 	}
-	*rec = Recovery{
-		Records: w.records, LastSeq: lastSeq, Segments: len(segs), Uncommitted: t.uncommitted,
-		TornRecords: t.tornRecords, TornBytes: t.tornBytes, Salvaged: voids, Replayed: replayed,
-	}
+	rec.Records, rec.Segments, rec.Uncommitted = w.records, len(segs), t.uncommitted
+	rec.TornRecords, rec.TornBytes = t.tornRecords, t.tornBytes
 	if w.records > 0 {
 		rec.FirstSeq = segs[0].head.first
 	}
 	return l.resume(segs[len(segs)-1], w, t)
 }
 
-// refreshEnd makes sure that the newest segment ends where the disk says, not
-// where a page does that was cached beside a direct write: what follows the last
-// whole frame is read again until that changes nothing.
-func refreshEnd(f *os.File, s *found) {
+// mend finds where the newest segment ends, and completes it there with what a
+// killed process left behind.
+func (l *Log) mend(newest *found, rec *Recovery) (err error) {
+	unreadable := func(fault error) error { return newest.damage(0, 0, "the file cannot be read: %v", fault) }
+	_ = populate(newest.m) // one call for all pages instead of a fault for each; reading finds what is wrong
+	var end place
+	if e := guard(func() { end = refreshEnd(newest, place{dataStart, newest.head.first}) }); e != nil {
+		return unreadable(e)
+	}
+	if rec.Replayed, err = l.takeReplay(newest); err != nil {
+		return err
+	}
+	if e := guard(func() { rec.Salvaged = salvage(newest, end) }); e != nil {
+		return unreadable(e)
+	}
+	return nil
+}
+
+// maxReaders bounds how many segments recovery reads at once.
+const maxReaders = 8
+
+// part is one segment, read by itself.
+type part struct {
+	s, next *found
+	seg     *segment
+	w       *walk
+	t       tail
+	err     error
+}
+
+// readAll reads the segments, several at once: how each begins stands in its
+// header, so only the seams between them are left to check. The newest comes
+// first: it takes longest.
+func (l *Log) readAll(segs []*found, rec *Recovery) []*part {
+	parts := make([]*part, len(segs))
+	for i, s := range segs {
+		parts[i] = &part{s: s}
+		if i > 0 {
+			parts[i-1].next = s
+		}
+	}
+	var wg sync.WaitGroup
+	var taken atomic.Int64
+	for range min(len(parts), runtime.GOMAXPROCS(0), maxReaders) {
+		wg.Go(func() {
+			src := &window{read: true}
+			for {
+				i := len(parts) - int(taken.Add(1))
+				if i < 0 {
+					return
+				}
+				p := parts[i]
+				if p.next == nil {
+					p.err = l.mend(p.s, rec)
+				}
+				p.read(l, src)
+			}
+		})
+	}
+	wg.Wait()
+	return parts
+}
+
+func (p *part) read(l *Log, src *window) {
+	s := p.s
+	seg := newSegment(l.slots[s.slot], s.head.id, s.head.first, s.epochs)
+	seg.prev = pos{s.head.prevID, int64(s.head.prevEnd)}
+	p.seg, p.w = seg, newWalk(s, src)
+	p.w.quick = !l.o.VerifyOnOpen
+	if p.err != nil {
+		return
+	}
+	if e := guard(func() { // beyond the end of the newest its mapping is read
+		p.t, p.err = p.w.segment(s, p.next, func(f frame) error {
+			if _, lost := f.lost(); lost { // readers account for it
+				seg.last[ClassError] = max(seg.last[ClassError], f.seq)
+			} else if !f.control() {
+				seg.last[f.class()] = f.seq
+				seg.note(f.seq, f.off)
+			}
+			return nil
+		})
+	}); e != nil {
+		p.err = s.damage(0, p.w.next, "the file cannot be read: %v", e)
+	}
+}
+
+// place is where a segment's whole frames end, and the record that must come
+// there.
+type place struct {
+	off  int64
+	next uint64
+}
+
+// follow goes from p over whole frames in sequence to where they end.
+func (p place) follow(s *found) place {
+	for end := int64(len(s.m)); p.off < end; {
+		f, ok := parseFrame(s.m, keyAt(s.epochs, p.off), p.off, end)
+		if !ok || !f.control() && f.seq != p.next {
+			break
+		}
+		p.off += f.size
+		if _, lost := f.lost(); lost {
+			p.next = f.seq + 1
+		} else if !f.control() {
+			p.next++
+		}
+	}
+	return p
+}
+
+// refreshEnd finds where the newest segment ends by what the disk says, not by a
+// page that was cached beside a direct write: what follows the last whole frame
+// is read again until that changes nothing. It begins at p.
+func refreshEnd(s *found, p place) place {
 	const span = 1 << 20
 	end := int64(len(s.m))
-	for off, again := int64(dataStart), int64(0); ; {
-		x, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
-		if ok {
-			off += x.size
-			continue
+	for again := int64(0); ; {
+		if p = p.follow(s); p.off == again || p.off >= end {
+			return p
 		}
-		if off == again {
-			return
-		}
-		from := off &^ (pageSize - 1)
-		dropCache(f, s.m, from, min(span, end-from))
-		again = off
+		from := p.off &^ (pageSize - 1)
+		dropCache(s.file, s.m, from, min(span, end-from))
+		again = p.off
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,21 +18,26 @@ import (
 	"github.com/autonomyops/autonomy/internal/vfs"
 )
 
-// A loss frame says that records are gone, and with which chain head the log
-// goes on. Only Repair writes them. One is its own group: the chain does not
-// cover it, the dense sequence does.
+// Two frames say that records are gone; only Repair writes them. A gap stands
+// among the records of a group, in the place of those that are gone, and is never
+// larger than one of them: so what is left of a segment always fits its slot. A
+// loss is a group of its own, and says with which chain head the log goes on. The
+// chain does not cover it, the dense sequence does.
 
 const (
 	kindLoss = 0x82
 	lossSize = 64 // payload
+
+	kindGap = 0x83
+	gapSize = 8 // payload
 )
 
-// loss is the payload of its frame: the records first to last are gone; none
-// when last is first-1, then only the chain was mended.
+// loss is what both of them say: the records first to last are gone; none when
+// last is first-1, then only the chain was mended.
 type loss struct {
 	first, last uint64
-	chain       [32]byte // from here on
-	time        uint64   // of the repair, unix nanoseconds
+	chain       [32]byte // from here on; not of a gap
+	time        uint64   // of the repair, unix nanoseconds; of a gap in whole seconds
 }
 
 func (x *loss) put(b []byte) {
@@ -42,30 +48,49 @@ func (x *loss) put(b []byte) {
 	le.PutUint64(b[56:], 0)
 }
 
-func parseLoss(b []byte) loss {
-	return loss{le.Uint64(b), le.Uint64(b[8:]), [32]byte(b[16:]), le.Uint64(b[48:])}
+// putGap writes the payload of a gap: how many, and when.
+func (x *loss) putGap(b []byte) {
+	le.PutUint32(b, uint32(x.last+1-x.first))
+	le.PutUint32(b[4:], uint32(min(x.time/uint64(time.Second), math.MaxUint32)))
 }
 
-// loss takes a loss frame into the walk.
-func (w *walk) loss(s *found, f frame) error {
-	x := parseLoss(f.payload)
-	if w.count != 0 || x.first != w.next || x.last+1 < x.first || f.seq != x.last {
+// lost is what f says, if it is a gap or a loss. Its last is f.seq, or the frame
+// is wrong.
+func (f frame) lost() (x loss, ok bool) {
+	switch b := f.payload; f.kind {
+	case kindLoss:
+		return loss{le.Uint64(b), le.Uint64(b[8:]), [32]byte(b[16:]), le.Uint64(b[48:])}, true
+	case kindGap:
+		return loss{first: f.seq + 1 - uint64(le.Uint32(b)), last: f.seq, time: uint64(le.Uint32(b[4:])) * uint64(time.Second)}, true
+	}
+	return loss{}, false
+}
+
+// loss takes such a frame into the walk.
+func (w *walk) loss(s *found, f frame, x loss) error {
+	if f.kind == kindLoss && w.count != 0 || x.first != w.next || x.last+1 < x.first || f.seq != x.last {
 		return s.damage(f.off, w.next, "a loss marker speaks of records %d to %d; want %d on", x.first, x.last, w.next)
 	}
-	w.next, w.chain, w.group = x.last+1, x.chain, pos{s.head.id, f.off + f.size}
+	w.next = x.last + 1
 	w.lost += x.last + 1 - x.first
 	w.losses++
+	if f.kind == kindLoss {
+		w.chain = x.chain
+		w.begin(pos{s.head.id, f.off + f.size})
+	}
 	return nil
 }
 
 // RepairOptions configure Repair.
 type RepairOptions struct {
-	// Quarantine is a directory that must not exist yet; the damaged slots are
-	// copied there before they are changed. "": beside the log, named after it and
-	// the time. It takes as many bytes as those slots have, at most the log's size.
+	// Quarantine is a directory that must not exist yet, for the damaged slots. "":
+	// beside the log, named after it and the time. They and the slots that replace
+	// them take at most twice the log's size.
 	Quarantine string
-	// KeepFree is what must stay available on its file system.
+	// KeepFree is what must stay available on its file system, and on the log's.
 	KeepFree int64
+
+	step func() error // tests stop the repair here, before each thing it does
 }
 
 // Loss is a range of records that Repair found gone.
@@ -95,9 +120,9 @@ type piece struct {
 
 // Repair makes a damaged log one that Open takes: whole records stay, with their
 // sequence numbers; where records are gone a loss marker says which. Readers are
-// given it as a Record with Lost. The damaged slots are copied away first; if
-// that does not fit nothing is changed. A repair that is cut short is started
-// again. Errors: ErrLocked while a process has the log, ErrDamaged when it is
+// given it as a Record with Lost. The damaged slots are kept aside; without room
+// for those that replace them nothing is changed. A repair that is cut short is
+// started again, and has lost nothing. Errors: ErrLocked while a process has the log, ErrDamaged when it is
 // beyond repair, fs.ErrNotExist.
 func Repair(dir string, o RepairOptions) (rep RepairReport, err error) {
 	if _, err := os.Stat(filepath.Join(dir, "lock")); err != nil {
@@ -108,7 +133,10 @@ func Repair(dir string, o RepairOptions) (rep RepairReport, err error) {
 		return rep, fmt.Errorf("repair write-ahead log %s: %w", dir, err)
 	}
 	defer unlock(l.lock)
-	r := &repair{dir: dir, at: time.Now()}
+	r := &repair{dir: dir, at: time.Now(), step: o.step}
+	if r.step == nil {
+		r.step = func() error { return nil }
+	}
 	defer r.close()
 	if err := r.plan(&rep); err != nil {
 		return RepairReport{}, fmt.Errorf("repair write-ahead log %s: %w", dir, err)
@@ -133,6 +161,7 @@ func Repair(dir string, o RepairOptions) (rep RepairReport, err error) {
 
 type repair struct {
 	dir    string
+	step   func() error
 	at     time.Time
 	meta   meta
 	files  []mapped // by slot
@@ -141,6 +170,9 @@ type repair struct {
 	pieces []*piece // oldest first
 	h      *blake3.Hasher
 }
+
+// stamp is the time of the repair, in unix nanoseconds.
+func (r *repair) stamp() uint64 { return uint64(max(r.at.UnixNano(), 0)) }
 
 func (r *repair) close() {
 	for _, f := range r.files {
@@ -191,7 +223,7 @@ func (r *repair) plan(rep *RepairReport) error {
 	for _, c := range r.meta.cursors {
 		most = max(most, c)
 	}
-	w := newWalk(segs[0])
+	w := newWalk(segs[0], &window{})
 	if first := segs[0].head; first.first-1 > most {
 		if err := r.insert(rep, header{id: first.prevID, first: most + 1}, first); err != nil {
 			return err
@@ -272,10 +304,11 @@ func (r *repair) keep(rep *RepairReport, s, next *found, w *walk, most uint64) e
 				continue
 			}
 			off += f.size - 8
+			x, lost := f.lost()
 			switch {
-			case f.kind == kindLoss && parseLoss(f.payload).first >= w.next && f.seq+1 < until:
-				c.lose(parseLoss(f.payload).first, "") // what is between, if anything
-				c.loss(f.seq, "lost before an earlier repair")
+			case lost && x.first >= w.next && x.last >= x.first && x.last < until:
+				c.lose(x.first, why) // what is between, if anything
+				c.lose(x.last+1, "lost before an earlier repair")
 			case f.control():
 				gone = max(gone, min(f.seq, until-1))
 			case f.seq >= w.next && f.seq < until:
@@ -297,7 +330,7 @@ func (r *repair) keep(rep *RepairReport, s, next *found, w *walk, most uint64) e
 		c.loss(w.next-1, why)
 	}
 	if c.overflow {
-		return s.damage(0, 0, "its whole records and the loss markers do not fit the slot; read what is whole with 'autonomy wal export'")
+		return s.damage(0, 0, "its whole records and the loss markers do not fit the slot, which no log of this program can come to; read what is whole with 'autonomy wal export'")
 	}
 	rep.Kept += c.kept
 	rep.Lost = append(rep.Lost, c.lost...)
@@ -331,7 +364,7 @@ func (r *repair) insert(rep *RepairReport, h, next header) error {
 		h.id = next.id - 1
 	}
 	h.state, h.logID, h.slotBytes = stateLive, r.meta.logID, uint64(r.meta.slotBytes)
-	h.key, h.created = randomKey(), uint64(r.at.UnixNano())
+	h.key, h.created = randomKey(), r.stamp()
 	p := &piece{slot: slot, head: h, changed: true}
 	w := &walk{next: h.first, chain: next.chain}
 	c := &composer{r: r, p: p, w: w, body: make([]byte, 0, pageSize)}
@@ -360,7 +393,7 @@ type composer struct {
 func (c *composer) frame(n int) ([]byte, int64) {
 	off := dataStart + int64(len(c.body))
 	size := int(frameSize(n))
-	if off+int64(size)+tailRoom > c.r.meta.slotBytes {
+	if off+int64(size) > c.r.meta.slotBytes {
 		c.overflow = true
 		return make([]byte, size), off
 	}
@@ -379,7 +412,7 @@ func (c *composer) record(f frame) {
 
 // group ends the open group with a marker.
 func (c *composer) group() {
-	if c.count == 0 {
+	if len(c.body) == c.start {
 		return
 	}
 	chain := chainNext(c.r.h, &c.w.chain, c.body[c.start:])
@@ -392,16 +425,25 @@ func (c *composer) group() {
 
 // lose writes that the records before seq are gone, if any is.
 func (c *composer) lose(seq uint64, why string) {
-	if seq > c.w.next {
-		c.group()
-		c.loss(seq-1, why)
+	if seq <= c.w.next {
+		return
 	}
+	x := loss{first: c.w.next, last: seq - 1, time: c.r.stamp()}
+	if seq-c.w.next > math.MaxUint32 { // only a cursor can speak of so many
+		c.loss(x.last, why)
+		return
+	}
+	b, off := c.frame(gapSize)
+	x.putGap(b[frameHeader:])
+	putFrame(b, c.p.head.key, off, gapSize, kindGap, x.last)
+	c.lost = append(c.lost, Loss{x.first, x.last, why})
+	c.w.next = seq
 }
 
-// loss writes a loss marker up to last; the chain goes on as w says.
+// loss writes a loss up to last; the chain goes on as w says.
 func (c *composer) loss(last uint64, why string) {
 	c.group()
-	x := loss{c.w.next, last, c.w.chain, uint64(c.r.at.UnixNano())}
+	x := loss{c.w.next, last, c.w.chain, c.r.stamp()}
 	b, off := c.frame(lossSize)
 	x.put(b[frameHeader:])
 	putFrame(b, c.p.head.key, off, lossSize, kindLoss, last)
@@ -438,88 +480,164 @@ func (r *repair) touched() (slots []int) {
 	return append(first, slots...)
 }
 
-// quarantine copies the slots that will be written, as they are.
+// quarantine keeps the slots that will be replaced, as they are: by a second name
+// where that is possible, else as a copy.
 func (r *repair) quarantine(to string, keepFree int64) error {
-	var st unix.Statfs_t
 	parent := filepath.Dir(filepath.Clean(to))
-	if err := unix.Statfs(parent, &st); err != nil {
-		return fmt.Errorf("quarantine: free space of %s: %w", parent, err)
-	}
-	need := int64(len(r.touched()))*r.meta.slotBytes + overhead
-	if free := int64(st.Bavail) * st.Bsize; free-need < keepFree {
-		return fmt.Errorf("quarantine: %d bytes are free in %s, %d are needed for the damaged slots and %d are to stay free: make room, or name a directory on another file system",
-			free, parent, need, keepFree)
+	if err := r.step(); err != nil {
+		return err
 	}
 	if err := os.Mkdir(to, 0o700); err != nil {
 		return fmt.Errorf("quarantine: %w", err)
 	}
-	for _, i := range r.touched() {
-		in, err := os.OpenFile(filepath.Join(r.dir, slotName(i)), os.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("quarantine: %w", err)
-		}
-		out, err := os.OpenFile(filepath.Join(to, slotName(i)), os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o600)
-		if err == nil {
-			_, err = io.Copy(out, io.LimitReader(in, r.meta.slotBytes))
-			err = errors.Join(err, out.Sync(), out.Close())
-		}
-		if err := errors.Join(err, in.Close()); err != nil {
-			return fmt.Errorf("quarantine: %w", err)
-		}
+	if err := r.keepSlots(to, keepFree); err != nil {
+		return errors.Join(fmt.Errorf("quarantine: %w", err), os.RemoveAll(to))
 	}
 	return errors.Join(vfs.SyncDir(to), vfs.SyncDir(parent))
 }
 
-// apply writes one slot: first the frames, then the header copies, each synced.
-func (r *repair) apply(i int) error {
-	path := filepath.Join(r.dir, slotName(i))
-	info, err := os.Lstat(path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+func (r *repair) keepSlots(to string, keepFree int64) error {
+	slots := r.touched()
+	var present []int
+	copies := int64(0)
+	for _, i := range slots {
+		if err := r.step(); err != nil {
+			return err
+		}
+		from := filepath.Join(r.dir, slotName(i))
+		info, err := os.Lstat(from)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !info.Mode().IsRegular() || os.Link(from, filepath.Join(to, slotName(i))) != nil {
+			present = append(present, i)
+			copies++
+		}
+	}
+	// The new slots stand beside those that were linked, one beside those that
+	// are copied.
+	if err := haveRoom(r.dir, (int64(len(slots))-copies+min(copies, 1))*r.meta.slotBytes, keepFree); err != nil {
 		return err
 	}
-	l := &Log{dir: r.dir, slotBytes: r.meta.slotBytes, id: r.meta.logID}
-	if err := l.o.setDefaults(); err != nil {
-		return err
-	}
-	if info == nil || !info.Mode().IsRegular() || info.Size() != r.meta.slotBytes {
-		if err := l.makeSlot(i); err != nil {
+	if copies > 0 {
+		if err := haveRoom(to, copies*r.meta.slotBytes+overhead, keepFree); err != nil {
 			return err
 		}
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	for _, i := range present {
+		if err := r.copySlot(i, to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// haveRoom asks whether need bytes fit dir's file system and leave keepFree.
+func haveRoom(dir string, need, keepFree int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("free space of %s: %w", dir, err)
+	}
+	if free := int64(st.Bavail) * st.Bsize; free-need < keepFree {
+		return fmt.Errorf("%d bytes are free in %s, %d are needed for the damaged slots and those that replace them, and %d are to stay free: make room, or name a quarantine on another file system",
+			free, dir, need, keepFree)
+	}
+	return nil
+}
+
+func (r *repair) copySlot(i int, to string) error {
+	in, err := os.OpenFile(filepath.Join(r.dir, slotName(i)), os.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	s := &slot{index: i, file: f}
-	k := slices.IndexFunc(r.pieces, func(p *piece) bool { return p.slot == i })
-	if k < 0 {
-		return l.writeFree(s)
+	defer in.Close()
+	out, err := os.OpenFile(filepath.Join(to, slotName(i)), os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
 	}
-	p := r.pieces[k]
+	_, err = io.Copy(out, io.LimitReader(in, r.meta.slotBytes))
+	return errors.Join(err, out.Sync(), out.Close())
+}
+
+// repairTemp is the slot that is being written. It takes its place by rename, so
+// that a repair that is cut short leaves every slot as it was or as it will be.
+const repairTemp = "repair.tmp"
+
+// apply replaces one slot.
+func (r *repair) apply(i int) error {
+	path, temp := filepath.Join(r.dir, slotName(i)), filepath.Join(r.dir, repairTemp)
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	err = r.compose(f, i)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	if err := r.step(); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	if err := r.step(); err != nil {
+		return err
+	}
+	return vfs.SyncDir(r.dir)
+}
+
+// compose writes all of slot i's new content to f, durably.
+func (r *repair) compose(f *os.File, i int) error {
+	l := &Log{dir: r.dir, slotBytes: r.meta.slotBytes, id: r.meta.logID}
+	if err := r.step(); err != nil {
+		return err
+	}
+	if err := l.fillSlot(f); err != nil {
+		return err
+	}
 	page := make([]byte, pageSize)
-	if p.body == nil { // the epochs stay
-		if _, err := f.ReadAt(page, 0); err != nil {
-			return err
-		}
-		if x := (header{}); !x.parse(page) {
-			if _, err := f.ReadAt(page, pageSize); err != nil {
+	h := header{state: stateFree, logID: r.meta.logID, slotBytes: uint64(r.meta.slotBytes)}
+	var body []byte
+	if k := slices.IndexFunc(r.pieces, func(p *piece) bool { return p.slot == i }); k >= 0 {
+		p := r.pieces[k]
+		h = p.head
+		if body = p.body; body == nil { // the records and the epochs stay
+			old := r.files[i].m
+			body = old[dataStart:]
+			if err := guard(func() {
+				if x := (header{}); !x.parse(old) {
+					old = old[pageSize:]
+				}
+				copy(page, old)
+			}); err != nil {
 				return err
 			}
 		}
-	} else {
-		if _, err := f.WriteAt(p.body, dataStart); err != nil {
-			return err
-		}
-		if err := fdatasync(f); err != nil {
+	}
+	h.put(page)
+	if err := r.step(); err != nil {
+		return err
+	}
+	for off := 0; off < len(body); off += 1 << 20 {
+		if _, err := f.WriteAt(body[off:min(off+1<<20, len(body))], dataStart+int64(off)); err != nil {
 			return err
 		}
 	}
-	p.head.put(page)
-	return l.writeHeader(s, page)
+	for _, off := range [...]int64{0, pageSize} {
+		if _, err := f.WriteAt(page, off); err != nil {
+			return err
+		}
+	}
+	if err := r.step(); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // open reads one slot; an error means that it holds nothing that can be read.

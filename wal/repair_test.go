@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Whatever is damaged: Repair keeps every whole record, tells which are gone,
@@ -198,5 +199,142 @@ func TestRepairRefuses(t *testing.T) {
 	must(t, os.WriteFile(dir+"/meta", make([]byte, 2*pageSize), 0o600))
 	if _, err = Repair(dir, RepairOptions{}); !errors.Is(err, ErrDamaged) {
 		t.Errorf("meta: %v", err)
+	}
+}
+
+// errKilled ends a repair as the death of its process does: nothing more is
+// written.
+var errKilled = errors.New("killed")
+
+// A repair that is killed at any of its steps and started again keeps what one
+// that was not keeps: every whole record.
+func TestRepairKilled(t *testing.T) {
+	if testMode == ModeMapped && ringDir != "" {
+		t.Log("the run with a ring does it: no mode plays a part")
+		return
+	}
+	t.Parallel()
+	src := t.TempDir()
+	l, last := rotated(t, src, 1500)
+	var live []SlotStats
+	for _, s := range l.Stats().Slots {
+		if s.Segment != 0 {
+			live = append(live, s)
+		}
+	}
+	slices.SortFunc(live, func(a, b SlotStats) int { return int(a.Segment) - int(b.Segment) })
+	must(t, l.Close())
+	im := readImage(t, src)
+	for _, s := range live[:2] { // a few records, also the first of all
+		b := bytes.Clone(im[slotName(s.Slot)])
+		for _, off := range []int64{dataStart + frameHeader, 20000, 20001, 60000} {
+			b[off] ^= 1
+		}
+		im[slotName(s.Slot)] = b
+	}
+	repaired := func(steps int) (records map[uint64]string, finished bool) {
+		dir := filepath.Join(t.TempDir(), "log")
+		im.write(t, dir)
+		n := 0
+		_, err := Repair(dir, RepairOptions{Quarantine: dir + ".a", step: func() error {
+			if n++; n > steps {
+				return errKilled
+			}
+			return nil
+		}})
+		if finished = err == nil; !finished {
+			if !errors.Is(err, errKilled) {
+				t.Fatalf("killed at step %d: %v", steps+1, err)
+			}
+			_, err = Repair(dir, RepairOptions{Quarantine: dir + ".b"})
+			must(t, err)
+		}
+		if _, err := Verify(t.Context(), dir); err != nil {
+			t.Fatalf("killed at step %d: %v", steps+1, err)
+		}
+		l, _, err := Open(dir, smallOptions())
+		must(t, err)
+		defer l.Close()
+		if _, err := os.Stat(filepath.Join(dir, repairTemp)); !errors.Is(err, fs.ErrNotExist) {
+			t.Fatalf("killed at step %d: a slot stays half made: %v", steps+1, err)
+		}
+		records = map[uint64]string{}
+		for r, next := l.Reader(1), uint64(0); next < last; {
+			b, err := r.Next(t.Context(), 64, 1<<20)
+			must(t, err)
+			for _, x := range b.Records {
+				if next = x.End(); x.Lost == 0 {
+					records[x.Seq] = string(x.Payload)
+				}
+			}
+			b.Release()
+		}
+		return records, finished
+	}
+	want, _ := repaired(1 << 20)
+	if n, all := uint64(len(want)), last+1-live[0].FirstSeq; n >= all || n < all-10 {
+		t.Fatalf("%d records of %d are kept", n, all)
+	}
+	steps := 0
+	for ; ; steps++ {
+		got, finished := repaired(steps)
+		if !maps.Equal(got, want) {
+			t.Errorf("killed at step %d: %d records are kept, want %d", steps+1, len(got), len(want))
+		}
+		if finished {
+			break
+		}
+	}
+	if steps < 12 {
+		t.Errorf("the repair took %d steps", steps)
+	}
+}
+
+// However many records are gone from a slot that is full of the smallest ones,
+// what says so fits it.
+func TestRepairFullSlot(t *testing.T) {
+	t.Parallel()
+	for _, every := range []uint64{2, 3, 7} {
+		dir := t.TempDir()
+		l, _ := open(t, dir, Options{Mode: ModeMapped, SegmentBytes: minSegment, MaxBytes: 4 * minSegment})
+		for l.Stats().Tail.Segment < 3 {
+			_, err := l.Append(ClassAction, []byte{1})
+			must(t, err)
+		}
+		seq, err := l.Append(ClassAction, []byte{1})
+		must(t, err)
+		wait(t, l, seq)
+		slots := l.Stats().Slots
+		must(t, l.Close())
+		damaged := uint64(0)
+		for _, s := range slots {
+			if s.Segment != 1 && s.Segment != 2 {
+				continue
+			}
+			b, err := os.ReadFile(filepath.Join(dir, slotName(s.Slot)))
+			must(t, err)
+			for off := int64(dataStart); off < dataStart+s.Bytes; off += frameSize(int(le.Uint32(b[off:]))) {
+				if n := le.Uint64(b[off+8:]) >> 8; b[off+8]&kindMarker == 0 && n%every == 1 {
+					b[off+frameHeader] ^= 1
+					damaged++
+				}
+			}
+			must(t, os.WriteFile(filepath.Join(dir, slotName(s.Slot)), b, 0o600))
+		}
+		rep, err := Repair(dir, RepairOptions{})
+		must(t, err)
+		if uint64(len(rep.Lost)) != damaged || damaged < 300 {
+			t.Errorf("%d losses, %d records were damaged", len(rep.Lost), damaged)
+		}
+		v, err := Verify(t.Context(), dir)
+		if err != nil || v.Lost != damaged || v.Last != seq {
+			t.Errorf("verify: %+v, %v, want %d lost of %d", v, err, damaged, seq)
+		}
+		l, _ = open(t, dir, Options{Mode: ModeMapped, SegmentBytes: minSegment, MaxBytes: 4 * minSegment})
+		first, end, found, err := l.LossAt(rep.Lost[1].First)
+		if err != nil || first != rep.Lost[1].First || end != rep.Lost[1].Last || time.Since(found) > time.Hour {
+			t.Errorf("LossAt: %d to %d at %v, %v, want %+v", first, end, found, err, rep.Lost[1])
+		}
+		must(t, l.Close())
 	}
 }

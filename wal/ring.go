@@ -487,6 +487,9 @@ func (l *Log) enterRing() (err error) {
 	r.set(seg.id, seg.key, base)
 	l.ceil, l.soft = min(l.slotBytes, r.room(base)), l.tail+l.softBytes()
 	l.maxPayload = min(l.maxPayload, int(r.size()/2-tailRoom-pageSize)-frameHeader)
+	for _, s := range l.slots {
+		dropPages(s.m) // nothing is encoded there any more
+	}
 	return nil
 }
 

@@ -13,39 +13,27 @@ const maxHole = 1 << 16
 // every record before it is published; a marker beyond a hole therefore speaks
 // of lost bytes, not of an unpublished record, and is judged by walk.beyond. A
 // hole at the very end, or one that leads to no whole record, is a torn tail.
-func salvage(s *found) (voids uint64) {
-	end := int64(len(s.m))
-	next := s.head.first
-	for off := int64(dataStart); off < end; {
-		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, end)
-		if ok && (f.control() || f.seq == next) {
-			off += f.size
-			if f.kind == kindLoss {
-				next = f.seq + 1
-			} else if !f.control() {
-				next++
-			}
-			continue
-		}
-		if ok {
+// end is a place at or before the first hole.
+func salvage(s *found, end place) (voids uint64) {
+	for p := end.follow(s); ; p = p.follow(s) {
+		if _, whole := parseFrame(s.m, keyAt(s.epochs, p.off), p.off, int64(len(s.m))); whole {
 			return voids // out of sequence: damage, for walk to say
 		}
-		to, seq := beyondHole(s, off, next)
+		to, seq := beyondHole(s, p.off, p.next)
 		if to == 0 {
 			return voids
 		}
-		for missing := seq - next; missing > 0; missing-- {
+		for missing := seq - p.next; missing > 0; missing-- {
 			size := frameSize(1)
 			if missing == 1 {
-				size = to - off // the last one takes the rest
+				size = to - p.off // the last one takes the rest
 			}
 			n := int(size - frameHeader)
-			clear(s.m[off+frameHeader : off+size])
-			putFrame(s.m[off:], keyAt(s.epochs, off), off, n, kindVoid|byte(ClassError), next)
-			off, next, voids = off+size, next+1, voids+1
+			clear(s.m[p.off+frameHeader : p.off+size])
+			putFrame(s.m[p.off:], keyAt(s.epochs, p.off), p.off, n, kindVoid|byte(ClassError), p.next)
+			p.off, p.next, voids = p.off+size, p.next+1, voids+1
 		}
 	}
-	return voids
 }
 
 // beyondHole finds the first whole record after a hole at off, where the record

@@ -48,7 +48,7 @@ type found struct {
 	m      []byte
 	head   header
 	epochs []epoch
-	file   *os.File // of a Snapshot
+	file   *os.File // nil in Repair
 }
 
 func (s *found) damage(off int64, seq uint64, format string, args ...any) error {
@@ -117,13 +117,17 @@ type walk struct {
 	count   uint64   // records since that marker
 	records uint64
 	voids   uint64
-	h       *blake3.Hasher
+	src     *window
+	h       *blake3.Hasher // of the open group, up to hashed
+	hashed  int64
 
 	keys        []ed25519.PublicKey // of checkpoints; none: signatures are not checked
-	quick       bool                // take the markers\' word for the chain
+	quick       bool                // take the markers' word for the chain
+	follows     bool                // what is not whole in the newest segment is being written
 	losses      uint64              // loss markers
 	lost        uint64              // records that they tell of
 	checkpoints uint64
+	signed      bool   // by one of the keys
 	signedSeq   uint64 // last record below a checkpoint that a key has signed
 	signedAt    uint64 // unix nanoseconds of that
 }
@@ -134,9 +138,40 @@ type pos struct {
 	off int64
 }
 
-func newWalk(first *found) *walk {
-	return &walk{next: first.head.first, chain: first.head.chain, group: pos{first.head.id, dataStart}, h: blake3.New()}
+func newWalk(first *found, src *window) *walk {
+	return &walk{next: first.head.first, chain: first.head.chain, src: src, h: blake3.New()}
 }
+
+// enter checks that s goes on where w ends.
+func (w *walk) enter(s *found) error {
+	if s.head.first != w.next {
+		return s.damage(0, w.next, "its first record is %d, want %d", s.head.first, w.next)
+	}
+	if s.head.chain != w.chain || w.count != 0 {
+		return s.damage(0, w.next, "its header does not continue the chain")
+	}
+	return nil
+}
+
+// begin starts the group that follows a marker, at p.
+func (w *walk) begin(p pos) {
+	w.group, w.count = p, 0
+	if !w.quick {
+		w.h.Reset()
+		_, _ = w.h.Write(w.chain[:]) // a hash never fails
+		w.hashed = p.off
+	}
+}
+
+// hash takes the open group's bytes below off into its chain head.
+func (w *walk) hash(off int64) {
+	_, _ = w.h.Write(w.src.bytes(w.hashed, off))
+	w.hashed = off
+}
+
+// hashStep is how many bytes of a group wait to be hashed, so that a group may be
+// larger than a window.
+const hashStep = 64 << 10
 
 var _ hash.Hash = (*blake3.Hasher)(nil)
 
@@ -163,20 +198,36 @@ type tail struct {
 // segment reads one segment up to its end, calling fn for each frame. next is
 // the segment after it, nil for the newest. An error of fn ends the walk.
 func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
-	if s.head.first != w.next {
-		return tail{}, s.damage(0, w.next, "its first record is %d, want %d", s.head.first, w.next)
+	if err := w.enter(s); err != nil {
+		return tail{}, err
 	}
-	if s.head.chain != w.chain || w.count != 0 {
-		return tail{}, s.damage(0, w.next, "its header does not continue the chain")
-	}
-	w.group = pos{s.head.id, dataStart}
-	t := tail{end: dataStart, marked: dataStart}
+	w.begin(pos{s.head.id, dataStart})
+	return w.frames(s, next, fn)
+}
+
+// frames is segment from where the open group begins.
+func (w *walk) frames(s, next *found, fn func(frame) error) (tail, error) {
+	from := w.group.off
+	w.src.open(s, from)
+	defer w.src.done()
+	t := tail{end: from, marked: from}
 	limit := int64(len(s.m))
 	if next != nil {
 		limit = int64(next.head.prevEnd)
 	}
-	for off := int64(dataStart); off < limit; {
-		f, ok := parseFrame(s.m, keyAt(s.epochs, off), off, limit)
+	for off := from; off < limit; {
+		if w.quick {
+			w.src.release(off)
+		} else {
+			if off-w.hashed >= hashStep {
+				w.hash(off)
+			}
+			w.src.release(w.hashed)
+		}
+		f, ok, err := w.src.frame(off, limit)
+		if err != nil {
+			return t, s.damage(off, w.next, "the file cannot be read: %v", err)
+		}
 		if ok && !f.control() && f.seq != w.next {
 			return t, s.damage(off, w.next, "the record has sequence %d, want %d", f.seq, w.next)
 		}
@@ -184,20 +235,26 @@ func (w *walk) segment(s, next *found, fn func(frame) error) (tail, error) {
 			if next != nil {
 				return t, s.damage(off, w.next, "no whole record, but segment %d says that this one ends at %d", next.head.id, limit)
 			}
+			if w.follows {
+				break
+			}
 			again, err := w.beyond(s, off, &t)
 			if err != nil {
 				return t, err
 			}
 			if again {
+				w.src.reload(off)
 				continue
 			}
 			break
 		}
-		if f.kind == kindLoss {
-			if err := w.loss(s, f); err != nil {
+		if x, ok := f.lost(); ok {
+			if err := w.loss(s, f, x); err != nil {
 				return t, err
 			}
-			t.marked, t.confirmed, t.closed = f.off+f.size, true, false
+			if f.kind == kindLoss {
+				t.marked, t.confirmed, t.closed = f.off+f.size, true, false
+			}
 		} else if f.kind == kindCheckpoint {
 			if err := w.checkpoint(s, f); err != nil {
 				return t, err
@@ -239,7 +296,8 @@ func (w *walk) marker(s *found, f frame) error {
 	k := parseMarker(f.payload)
 	head := k.chain
 	if !w.quick {
-		head = chainNext(w.h, &w.chain, s.m[w.group.off:f.off])
+		w.hash(f.off)
+		w.h.Sum(head[:0])
 	}
 	switch {
 	case k.prevID != w.group.id || int64(k.prevOff) != w.group.off || k.count != w.count || f.seq != w.next-1:
@@ -248,7 +306,8 @@ func (w *walk) marker(s *found, f frame) error {
 	case k.chain != head:
 		return s.damage(f.off, w.next-w.count, "the chain does not hold: a byte between %d and %d was changed", w.group.off, f.off)
 	}
-	w.chain, w.count, w.group = head, 0, pos{s.head.id, f.off + f.size}
+	w.chain = head
+	w.begin(pos{s.head.id, f.off + f.size})
 	return nil
 }
 

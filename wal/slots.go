@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,6 +32,9 @@ func makeDir(dir string) error { return vfs.MkdirAll(dir, 0o700) }
 // was interrupted has no meta file yet and is made anew; a slot in it that was
 // ever used says otherwise.
 func (l *Log) provision(rec *Recovery) error {
+	if err := os.Remove(l.path(repairTemp)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err // what a repair that was cut short left behind counts against the ceiling
+	}
 	b, err := readSmall(l.path("meta"), 2*pageSize)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -42,7 +44,7 @@ func (l *Log) provision(rec *Recovery) error {
 		slots := int(l.o.MaxBytes / l.o.SegmentBytes)
 		l.slotBytes = min(l.o.SegmentBytes, (l.o.MaxBytes-overhead)/int64(slots)) &^ (pageSize - 1)
 		rec.Created = true
-		l.meta = meta{logID: randomKey(), slotBytes: l.slotBytes, slots: slots, created: uint64(time.Now().UnixNano())}
+		l.meta = meta{logID: randomKey(), slotBytes: l.slotBytes, slots: slots, created: l.o.stamp()}
 		if err := l.makeSlots(slots); err != nil {
 			return err
 		}
@@ -255,12 +257,16 @@ func (l *Log) room(n int64) error {
 	return nil
 }
 
-func (l *Log) makeSlot(i int) (err error) {
+func (l *Log) makeSlot(i int) error {
 	f, err := os.OpenFile(l.path(slotName(i)), os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	return errors.Join(l.fillSlot(f), f.Close())
+}
+
+// fillSlot writes all of a new slot, durably.
+func (l *Log) fillSlot(f *os.File) error {
 	if err := noCopyOnWrite(f); err != nil {
 		return err
 	}
@@ -329,6 +335,10 @@ func (l *Log) openSlot(i int) error {
 		return &DamageError{Slot: slotName(i), Offset: info.Size(),
 			Reason: fmt.Sprintf("the file has %d bytes, want %d: it was cut or replaced", info.Size(), l.slotBytes)}
 	}
-	s.m, err = mapFile(f, l.slotBytes, true, true)
-	return err
+	if s.m, err = mapFile(f, l.slotBytes, true, true); err != nil {
+		return err
+	}
+	// For recovery, which reads the file: see mapFile.
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM) // advice only
+	return nil
 }

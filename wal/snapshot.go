@@ -182,7 +182,7 @@ var errStop = errors.New("stop")
 // overtakes the reader ends in an error too: read it again.
 func (s *Snapshot) Records(ctx context.Context) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
-		if err := s.scan(ctx, func(e Entry) bool { return yield(e, nil) }); err != nil && !errors.Is(err, errStop) {
+		if err := s.scan(ctx, nil, func(e Entry) bool { return yield(e, nil) }); err != nil && !errors.Is(err, errStop) {
 			yield(Entry{}, err)
 		}
 	}
@@ -202,38 +202,90 @@ func (s *Snapshot) RecordsFrom(ctx context.Context, seq uint64) iter.Seq2[Entry,
 	return t.Records(ctx)
 }
 
+// Bookmark is a place in a log between two groups. The zero value is before the
+// first one.
+type Bookmark struct {
+	at    pos
+	next  uint64 // the record that comes there
+	chain [32]byte
+}
+
+// BookmarkAt is where to begin for the records from seq on: at the start of the
+// segment that holds it, or of the log.
+func BookmarkAt(seq uint64) Bookmark { return Bookmark{next: seq} }
+
+// RecordsSince is RecordsFrom for one who reads a log in use again and again, each
+// time with a new Snapshot: it reads what stands behind b, and moves b. Bytes that
+// are not whole in the newest segment are being written, as far as it can tell:
+// they count as damage once the writer has gone on to another segment.
+func (s *Snapshot) RecordsSince(ctx context.Context, b *Bookmark) iter.Seq2[Entry, error] {
+	i := len(s.segs) - 1
+	for i >= 0 && s.segs[i].head.id != b.at.id {
+		i--
+	}
+	t := *s
+	if i < 0 { // unused, or its segment was used again
+		i = max(len(s.segs)-1, 0)
+		for i > 0 && s.segs[i].head.first > b.next {
+			i--
+		}
+		*b = Bookmark{next: b.next}
+	}
+	t.segs, t.partial = s.segs[i:], i > 0 || b.at.off != 0
+	return func(yield func(Entry, error) bool) {
+		err := t.scan(ctx, b, func(e Entry) bool { return yield(e, nil) })
+		if err != nil && !errors.Is(err, errStop) {
+			yield(Entry{}, err)
+		}
+	}
+}
+
 // ErrOvertaken: the log's writer has used a segment again while it was read.
 var ErrOvertaken = errors.New("the writer has overtaken the reader: read the log again")
 
-func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
+// scan gives fn what stands in s.segs, or what stands there behind from, which it
+// moves.
+func (s *Snapshot) scan(ctx context.Context, from *Bookmark, fn func(Entry) bool) error {
 	if len(s.segs) == 0 {
 		s.walk = &walk{next: 1}
 		return checkEmpty(s.meta)
 	}
-	w := newWalk(s.segs[0])
+	w := newWalk(s.segs[0], &window{})
 	w.keys = s.keys
 	s.seen = 0
 	s.walk = w
+	if from != nil {
+		w.follows = s.live
+		if from.at.off != 0 {
+			w.next, w.chain = from.next, from.chain
+			w.begin(from.at)
+		}
+	}
 	for i, x := range s.segs {
 		var next *found
 		if i+1 < len(s.segs) {
 			next = s.segs[i+1]
 		}
-		readAhead(x.m)
+		read, start := w.segment, place{dataStart, x.head.first}
+		if w.group.id == x.head.id {
+			read, start = w.frames, place{w.group.off, w.next}
+		} else {
+			readAhead(x.m)
+		}
 		if s.live && next == nil {
-			_ = guard(func() { refreshEnd(x.file, x) }) // a fault is met again below
+			_ = guard(func() { refreshEnd(x, start) }) // a fault is met again below
 		}
 		var group []Entry // of records whose marker is still to come
 		var err error
 		begin, try := *w, 0
 	again:
 		fault := guard(func() {
-			s.tail, err = w.segment(x, next, func(f frame) error {
+			s.tail, err = read(x, next, func(f frame) error {
 				if f.control() || len(group) == maxHeld {
-					if err := ctx.Err(); err != nil {
-						return err
-					}
-					for _, e := range group {
+					for i, e := range group {
+						if i%256 == 0 && ctx.Err() != nil {
+							return ctx.Err()
+						}
 						if e.Seq <= s.seen {
 							continue // before the segment was read again
 						}
@@ -243,11 +295,12 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 						}
 					}
 					group = group[:0]
-				}
-				if k := f.kind; k == kindLoss {
-					if p := parseLoss(f.payload); p.last >= p.first {
-						group = append(group, Entry{Record{Seq: p.first, Lost: p.last + 1 - p.first, Void: true}, Position{x.head.id, f.off}, x.name})
+					if from != nil && (f.marker() || f.kind == kindLoss) {
+						*from = Bookmark{w.group, w.next, w.chain}
 					}
+				}
+				if p, lost := f.lost(); lost && p.last >= p.first {
+					group = append(group, Entry{Record{Seq: p.first, Lost: p.last + 1 - p.first, Void: true}, Position{x.head.id, f.off}, x.name})
 				}
 				if !f.control() {
 					e := Entry{Record{Seq: f.seq, Class: f.class(), Void: f.void(), Payload: f.payload}, Position{x.head.id, f.off}, x.name}
@@ -281,6 +334,7 @@ func (s *Snapshot) scan(ctx context.Context, fn func(Entry) bool) error {
 					time.Sleep(time.Duration(try) * time.Millisecond)
 					dropCache(x.file, x.m, 0, int64(len(x.m)))
 					*w, group = begin, group[:0]
+					w.begin(w.group) // where that counts, a group begins there
 					goto again
 				}
 			}
@@ -385,7 +439,7 @@ func VerifyWith(ctx context.Context, dir string, o VerifyOptions) (Report, error
 	var n uint64
 	r := Report{ID: s.Info().ID, Segments: len(s.segs)}
 	var first uint64
-	err = s.scan(ctx, func(e Entry) bool {
+	err = s.scan(ctx, nil, func(e Entry) bool {
 		if first == 0 {
 			first = e.Seq
 		}
@@ -398,10 +452,10 @@ func VerifyWith(ctx context.Context, dir string, o VerifyOptions) (Report, error
 	r.Records, r.Voids, r.Uncommitted = w.records, w.voids, w.count
 	r.Gaps, r.Lost = w.losses, w.lost
 	r.Checkpoints, r.SignedSeq = w.checkpoints, w.signedSeq
-	if w.signedAt != 0 {
+	if w.signed {
 		r.SignedAt = time.Unix(0, int64(w.signedAt)).UTC()
 	}
-	if err == nil && len(o.Keys) > 0 && w.signedAt == 0 {
+	if err == nil && len(o.Keys) > 0 && !w.signed {
 		err = fmt.Errorf("%w by any of the %d keys given: %d checkpoints", ErrUnsigned, len(o.Keys), w.checkpoints)
 	}
 	r.Chain = fmt.Sprintf("blake3:%x", w.chain)

@@ -199,7 +199,7 @@ log is damaged.`,
 			fmt.Fprintf(out, "signed up to record %d at %s, %d checkpoints\n", r.SignedSeq, r.SignedAt.Format(time.RFC3339), r.Checkpoints)
 		}
 		if r.Gaps > 0 {
-			fmt.Fprintf(out, "%d loss markers of earlier repairs: %d records are gone\n", r.Gaps, r.Lost)
+			fmt.Fprintf(out, "earlier repairs found records gone: %d, in places: %d\n", r.Lost, r.Gaps)
 		}
 		_, err = fmt.Fprintf(out, "records %d, first %d, last %d, gaps %d, chain ok\n", r.Records, r.First, r.Last, r.Gaps)
 		return err
@@ -317,11 +317,9 @@ once they are durable.`,
 		out := bufio.NewWriterSize(c.OutOrStdout(), 1<<16)
 		enc := json.NewEncoder(out)
 		enc.SetEscapeHTML(false)
-		print := func(e wal.Entry) error { return exportOne(enc, e) }
-		var next uint64 // the first that was not printed; 0: nothing was read yet
+		t := follower{dir: *dir, n: *lines, print: func(e wal.Entry) error { return exportOne(enc, e) }}
 		for {
-			var err error
-			next, err = tailOnce(c.Context(), *dir, next, *lines, print)
+			err := t.look(c.Context())
 			if err = errors.Join(out.Flush(), err); err != nil {
 				if errors.Is(err, context.Canceled) && c.Context().Err() != nil {
 					return nil // Ctrl-C is how a tail ends
@@ -343,54 +341,77 @@ once they are durable.`,
 
 const maxTail = 100_000 // of --lines
 
-// tailOnce prints the records from next on, or the newest n when next is 0, and
-// returns what comes after them.
-func tailOnce(ctx context.Context, dir string, next uint64, n int, print func(wal.Entry) error) (uint64, error) {
-	s, err := wal.OpenReadOnly(dir)
+// follower prints a log that another process may be writing: the newest n records
+// first, then what has come since the last look.
+type follower struct {
+	dir   string
+	n     int
+	print func(wal.Entry) error
+
+	mark wal.Bookmark // nothing before it is read again
+	next uint64       // the first that was not printed; 0: nothing was read yet
+}
+
+func (t *follower) look(ctx context.Context) error {
+	s, err := wal.OpenReadOnly(t.dir)
 	if err != nil {
-		return next, err
+		return err
 	}
 	defer s.Close()
+	if t.next == 0 {
+		t.mark = wal.BookmarkAt(t.first(s))
+	}
 	var newest []wal.Entry // a ring of the last n
-	seen, after := 0, max(next, 1)
-	for e, err := range s.RecordsFrom(ctx, next) {
+	seen, after := 0, max(t.next, 1)
+	for e, err := range s.RecordsSince(ctx, &t.mark) {
 		if errors.Is(err, wal.ErrOvertaken) {
-			return next, nil // the writer was faster: look again
+			return nil // the writer was faster: look again
 		}
 		if err != nil {
-			return next, err
+			return err
 		}
 		end := e.End() + 1
-		if next != 0 {
-			if end <= next {
+		if t.next != 0 {
+			if end <= t.next {
 				continue
 			}
-			if err := print(e); err != nil {
-				return next, err
+			if err := t.print(e); err != nil {
+				return err
 			}
-			next = end
+			t.next = end
 			continue
 		}
 		after = end
-		if n == 0 {
+		if t.n == 0 {
 			continue
 		}
-		if len(newest) < n {
+		if len(newest) < t.n {
 			newest = append(newest, e)
 		} else {
-			newest[seen%n] = e
+			newest[seen%t.n] = e
 		}
 		seen++
 	}
-	if next != 0 {
-		return next, nil
+	if t.next != 0 {
+		return nil
 	}
 	for i := range newest {
-		if err := print(newest[(seen+i)%len(newest)]); err != nil {
-			return next, err
+		if err := t.print(newest[(seen+i)%len(newest)]); err != nil {
+			return err
 		}
 	}
-	return after, nil
+	t.next = after
+	return nil
+}
+
+// first is a record that the newest n come behind: that many before the newest
+// segment.
+func (t *follower) first(s *wal.Snapshot) uint64 {
+	var first uint64
+	for _, slot := range s.Info().Slots {
+		first = max(first, slot.FirstSeq)
+	}
+	return first - min(first, uint64(t.n))
 }
 
 func newWALRepair() *cobra.Command {

@@ -2,6 +2,7 @@ package walfault
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -20,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/autonomyops/autonomy/faultinject/powercut"
+	"github.com/autonomyops/autonomy/internal/testutil"
 	"github.com/autonomyops/autonomy/wal"
 )
 
@@ -706,4 +708,94 @@ func dies(t *testing.T, img *powercut.Image, fstype, options string, kill func(*
 	if err := m.Unmount(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A file system that is frozen, as a snapshot of the disk does it. With a ring
+// appends do not wait for it, and nothing is acknowledged before it is thawed; in
+// mapped files they may stand still, and go on. Nothing is lost either way.
+func TestFreeze(t *testing.T) {
+	fsfreeze, err := exec.LookPath("fsfreeze")
+	if err != nil {
+		testutil.Missing(t, "fsfreeze", "install util-linux")
+	}
+	each(t, func(t *testing.T, _ string, m *powercut.Mount) {
+		for _, mode := range []wal.Mode{wal.ModeRing, wal.ModeMapped} {
+			o := logOptions
+			if o.Mode = mode; mode == wal.ModeRing {
+				o.RingDir = t.TempDir()
+				if err := unix.Mount("tmpfs", o.RingDir, "tmpfs", 0, "size=8m,mode=0700"); err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() {
+					if err := unix.Unmount(o.RingDir, unix.MNT_DETACH); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			dir := filepath.Join(m.Dir, mode.String())
+			l, _, err := wal.Open(dir, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var seq uint64
+			put := func() {
+				p := make([]byte, 100)
+				for range 200 {
+					if seq, err = l.Append(wal.ClassDecision, p); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			put()
+			if err := l.Sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			durable := seq
+			// Another process thaws: while a goroutine of this one waits for a page, all
+			// of it may.
+			wait := "read x"
+			if mode == wal.ModeMapped {
+				wait = "sleep 0.3"
+			}
+			thaw := exec.Command("sh", "-c", wait+`; exec "$0" --unfreeze "$1"`, fsfreeze, m.Dir)
+			stdin, err := thaw.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if out, err := exec.Command(fsfreeze, "--freeze", m.Dir).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			if err := thaw.Start(); err != nil {
+				t.Fatal(errors.Join(err, exec.Command(fsfreeze, "--unfreeze", m.Dir).Run()))
+			}
+			t.Cleanup(func() { _, _ = stdin.Close(), thaw.Wait() }) // a test that ended before has to thaw, too
+			put()
+			if mode == wal.ModeRing {
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				if err := l.WaitDurable(ctx, seq); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("durable on a frozen file system: %v", err)
+				}
+				cancel()
+				if d := l.Durable(); d != durable {
+					t.Errorf("%d records are durable on a frozen file system, %d were before", d, durable)
+				}
+			}
+			if err := stdin.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := thaw.Wait(); err != nil {
+				t.Fatal(err)
+			}
+			if err := l.WaitDurable(t.Context(), seq); err != nil {
+				t.Errorf("%v: after the thaw: %v", mode, err)
+			}
+			put()
+			if err := l.Close(); err != nil {
+				t.Error(err)
+			}
+			if rep, err := wal.Verify(t.Context(), dir); err != nil || rep.Last != seq {
+				t.Errorf("%v: %+v, %v, want %d records", mode, rep, err, seq)
+			}
+		}
+	})
 }

@@ -233,9 +233,11 @@ func (p *Pipeline) Recover(ctx context.Context) (unknown int, err error) {
 				continue
 			}
 			var d decisionBody
-			if err := json.Unmarshal(rec.Body, &d); err != nil {
-				b.Release()
-				return 0, fmt.Errorf("record %d: %w", raw.Seq, err)
+			if hasCallID || dryRun { // most need no more than what stands beside the body
+				if err := json.Unmarshal(rec.Body, &d); err != nil {
+					b.Release()
+					return 0, fmt.Errorf("record %d: %w", raw.Seq, err)
+				}
 			}
 			if d.DryRun {
 				continue
