@@ -626,49 +626,7 @@ func (childTB) Fatal(args ...any) {
 	os.Exit(1)
 }
 
-// TestSwapUnderLoad swaps the policy in force many times while others ask it.
-// Every answer belongs to exactly one version: the one that the caller held.
-func TestSwapUnderLoad(t *testing.T) {
-	const swaps = 10_000
-	s, _ := open(t, t.TempDir())
-	var actives [2]*Active
-	for i, v := range []string{"1.0.0", "2.0.0"} {
-		_, p := answering(t, v)
-		actives[i] = &Active{Program: p, Meta: Meta{Version: v}}
-	}
-	s.state.Store(&slotState{current: actives[0], active: actives[0]})
-	var done atomic.Bool
-	var evals [2]atomic.Int64
-	var wg sync.WaitGroup
-	for range 3 {
-		wg.Go(func() {
-			for !done.Load() {
-				a := s.Current()
-				d, err := a.Program.Eval(context.Background(), []byte(`{"kind":"tool.echo"}`))
-				if err != nil || !d.Allow || len(d.Reasons) != 1 || d.Reasons[0].Message != a.Meta.Version {
-					t.Errorf("held %s, answer %+v, %v", a.Meta.Version, d, err)
-					return
-				}
-				evals[d.Reasons[0].Message[0]-'1'].Add(1)
-			}
-		})
-	}
-	for i := range swaps {
-		a := actives[(i+1)%2]
-		s.state.Store(&slotState{current: a, active: a, lkg: actives[i%2]})
-		if i%8 == 0 {
-			time.Sleep(10 * time.Microsecond) // let the others in
-		}
-	}
-	done.Store(true)
-	wg.Wait()
-	t.Logf("%d swaps, %d and %d answers", swaps, evals[0].Load(), evals[1].Load())
-	if evals[0].Load() == 0 || evals[1].Load() == 0 {
-		t.Error("not both versions answered")
-	}
-}
-
-// TestActivateUnderLoad is the same with everything on disk.
+// TestActivateUnderLoad is TestSwapsUnderLoad with everything on disk.
 func TestActivateUnderLoad(t *testing.T) {
 	s, _ := open(t, t.TempDir())
 	activate(t, s, "1.0.0")
