@@ -198,7 +198,7 @@ func TestBuildBundleIsDeterministic(t *testing.T) {
 	for _, f := range got {
 		names = append(names, f.name)
 	}
-	if s := strings.Join(names, " "); s != ".manifest a.rego b/b.rego data.json" {
+	if s := strings.Join(names, " "); s != ".manifest a.rego b/b.rego data.json inputs/x.json" {
 		t.Errorf("packed %s", s)
 	}
 	b, err := ReadBundle(one, Limits{})

@@ -55,7 +55,8 @@ func Replay(ctx context.Context, p *Program, input []byte) (Decision, error) {
 	return p.Eval(ctx, input)
 }
 
-func (p *Program) eval(ctx context.Context, input []byte) (ast.Value, error) {
+// eval asks OPA's evaluator. more options are for Explain, which traces.
+func (p *Program) eval(ctx context.Context, input []byte, more ...rego.EvalOption) (ast.Value, error) {
 	if len(input) > MaxInputBytes {
 		return nil, fmt.Errorf("%w: the input has %d bytes, at most %d", ErrBudget, len(input), MaxInputBytes)
 	}
@@ -81,7 +82,7 @@ func (p *Program) eval(ctx context.Context, input []byte) (ast.Value, error) {
 	}
 	options := append(p.options[:len(p.options):len(p.options)],
 		rego.EvalParsedInput(in), rego.EvalTime(now), rego.EvalExternalCancel(cancel))
-	rs, err := p.query.Eval(ctx, options...)
+	rs, err := p.query.Eval(ctx, append(options, more...)...)
 	switch {
 	case err != nil && topdown.IsCancel(err):
 		if ctx.Err() != nil {
