@@ -86,7 +86,10 @@ func (v *Value) MarshalJSON() ([]byte, error) {
 }
 
 func (v *Value) String() string {
-	if v.Cut {
+	switch {
+	case v == nil:
+		return ""
+	case v.Cut:
 		return string(v.JSON) + "…"
 	}
 	return string(v.JSON)
@@ -94,10 +97,10 @@ func (v *Value) String() string {
 
 // Bounds of an Explanation.
 const (
-	maxValueBytes = 512     // of one value
-	maxSeen       = 32      // of one rule
-	maxRuns       = 200_000 // evaluations of rules that are followed
-	maxTextLine   = 160     // bytes of source text
+	maxValueBytes = 512    // of one value
+	maxSeen       = 32     // of one rule
+	maxRuns       = 20_000 // evaluations of rules that are followed
+	maxTextLine   = 160    // bytes of source text
 )
 
 // Explain evaluates a recorded input again, on OPA's own evaluator whatever p
@@ -113,7 +116,7 @@ func Explain(ctx context.Context, p *Program, input []byte) (*Explanation, error
 	if err != nil {
 		return nil, fmt.Errorf("explain: input: %w", err)
 	}
-	t := &ruleTracer{input: in, data: p.bundle.parsed.Data, values: true, runs: map[uint64]*ruleRun{}, rules: map[ruleKey]*ruleRun{}}
+	t := &ruleTracer{input: in, data: p.bundle.parsed.Data, values: true, runs: map[uint64]*ruleRun{}, rules: map[*ast.Rule]*ruleRun{}}
 	// Without the rule index also rules that it would have skipped are tried, so
 	// that the condition that rules them out has a line.
 	d, err := p.traced(ctx, input, t, rego.EvalRuleIndexing(false))
@@ -130,11 +133,11 @@ func Explain(ctx context.Context, p *Program, input []byte) (*Explanation, error
 	case d.Allow:
 		x.Decision = "allow"
 	}
-	held := map[string]bool{} // rules by name that a condition made true
+	answered := map[string]bool{} // names of rules that said more than false
 	for _, r := range t.ordered() {
 		if r.held {
 			x.Held = append(x.Held, r.trace)
-			held[r.trace.Rule] = held[r.trace.Rule] || !r.trace.Default
+			answered[r.trace.Rule] = answered[r.trace.Rule] || !r.trace.Default || r.trace.Value.String() != "false"
 		}
 	}
 	if x.Decision == "allow" {
@@ -143,7 +146,7 @@ func Explain(ctx context.Context, p *Program, input []byte) (*Explanation, error
 	for _, r := range t.ordered() {
 		// An element that is not in a set stops nobody; that the set is empty is
 		// a condition of a rule that is listed.
-		if !r.held && !r.many && !held[r.trace.Rule] && r.trace.StoppedAt != nil {
+		if !r.held && !r.many && !answered[r.trace.Rule] && r.trace.StoppedAt != nil {
 			x.Failed = append(x.Failed, r.trace)
 		}
 	}
@@ -167,25 +170,9 @@ func (p *Program) traced(ctx context.Context, input []byte, t topdown.QueryTrace
 	return d, nil
 }
 
-// ruleKey names a rule by where it stands.
-type ruleKey struct {
-	file     string
-	row, col int
-	isElse   bool // an else shares the place of its rule in some versions of OPA
-}
-
-func keyOf(r *ast.Rule) ruleKey {
-	k := ruleKey{isElse: r.Else != nil}
-	if l := r.Location; l != nil {
-		k.file, k.row, k.col = l.File, l.Row, l.Col
-	}
-	return k
-}
-
 // ruleRun is one evaluation of a rule, and at last the one that is shown for it.
 type ruleRun struct {
 	trace    RuleTrace
-	key      ruleKey
 	order    int // of the first entry
 	held     bool
 	many     bool // contains: one of several values
@@ -199,8 +186,8 @@ type ruleTracer struct {
 	data   map[string]any
 	values bool // also what they saw, which costs
 
-	runs  map[uint64]*ruleRun  // by query
-	rules map[ruleKey]*ruleRun // what is known of each rule
+	runs  map[uint64]*ruleRun    // by query
+	rules map[*ast.Rule]*ruleRun // what is known of each rule
 	cut   bool
 }
 
@@ -234,14 +221,14 @@ func (t *ruleTracer) enter(query uint64, r *ast.Rule) {
 		t.cut = true
 		return
 	}
-	run := t.rules[keyOf(r)]
+	run := t.rules[r]
 	if run == nil {
-		run = &ruleRun{key: keyOf(r), order: len(t.rules), progress: -1, rule: r, many: r.Head.RuleKind() == ast.MultiValue,
+		run = &ruleRun{order: len(t.rules), progress: -1, rule: r, many: r.Head.RuleKind() == ast.MultiValue,
 			trace: RuleTrace{Rule: r.Ref().GroundPrefix().String(), Text: firstLine(r), Default: r.Default}}
 		if l := r.Location; l != nil {
 			run.trace.File, run.trace.Line = strings.TrimPrefix(l.File, "/"), l.Row
 		}
-		t.rules[run.key] = run
+		t.rules[r] = run
 	}
 	t.runs[query] = run
 }
@@ -407,10 +394,14 @@ func jsonValue(x any) *Value {
 // firstLine is how a rule begins in its file.
 func firstLine(r *ast.Rule) string {
 	text := r.Head.String()
+	if r.Default {
+		return oneLine("default " + text)
+	}
 	if r.Location != nil && len(r.Location.Text) > 0 {
 		text, _, _ = strings.Cut(string(r.Location.Text), "\n")
 	}
-	return strings.TrimSuffix(strings.TrimSuffix(oneLine(text), " {"), " if")
+	text = strings.TrimSuffix(oneLine(text), " {")
+	return strings.TrimSuffix(strings.TrimSuffix(text, " if"), " :=")
 }
 
 func oneLine(s string) string {

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/open-policy-agent/opa/v1/ast"
 )
 
 // FailOpen is a field of a call without which the policy allows what it denies
@@ -251,7 +253,7 @@ func (r *prober) silenced(ctx context.Context, changed []byte) ([]RuleTrace, err
 func missing(a, b []*ruleRun) []RuleTrace {
 	var out []RuleTrace
 	for _, r := range a {
-		if !r.trace.Default && !slices.ContainsFunc(b, func(o *ruleRun) bool { return o.key == r.key }) {
+		if !r.trace.Default && !slices.ContainsFunc(b, func(o *ruleRun) bool { return o.rule == r.rule }) {
 			out = append(out, r.trace)
 		}
 	}
@@ -260,7 +262,7 @@ func missing(a, b []*ruleRun) []RuleTrace {
 
 // heldRules are the rules that hold for an input, the entrypoint first.
 func heldRules(ctx context.Context, p *Program, input []byte) ([]*ruleRun, error) {
-	t := &ruleTracer{runs: map[uint64]*ruleRun{}, rules: map[ruleKey]*ruleRun{}}
+	t := &ruleTracer{runs: map[uint64]*ruleRun{}, rules: map[*ast.Rule]*ruleRun{}}
 	if _, err := p.traced(ctx, input, t); errors.Is(err, ErrBudget) {
 		return nil, err
 	}

@@ -36,7 +36,7 @@ examples/quickstart/policy.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(newPolicyBuild(), newPolicyTest(), newPolicyLint(), newPolicyEval(), newPolicyStatus())
+	c.AddCommand(newPolicyBuild(), newPolicyTest(), newPolicyLint(), newPolicyEval(), newPolicyExplain(), newPolicyStatus())
 	return c
 }
 
