@@ -360,7 +360,8 @@ func newPolicyStatus() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show the policy that a node has in force",
-		Long: `Ask a node which policy is in force and which one it would fall back to.
+		Long: `Ask a node which policy is in force, which one it would fall back to, and how the
+one in shadow compares.
 
 Exits 5 when the node cannot be reached, 1 when it has no policy in force and so
 denies every call.`,
@@ -414,10 +415,15 @@ type policyStatus struct {
 
 func printSlots(w io.Writer, st *policyStatus) error {
 	var rows [][]string
-	for _, s := range []struct {
+	type slot struct {
 		name string
 		info *prepared.SlotInfo
-	}{{"active", st.Active}, {"lkg", st.LKG}} {
+	}
+	slots := []slot{{"active", st.Active}, {"lkg", st.LKG}}
+	if st.Candidate != nil {
+		slots = append(slots, slot{"candidate", &st.Candidate.SlotInfo})
+	}
+	for _, s := range slots {
 		name := s.name
 		if name == st.Serving {
 			name += " *"
@@ -439,6 +445,11 @@ func printSlots(w io.Writer, st *policyStatus) error {
 	}
 	if err := printTable(w, []string{"SLOT", "POLICY", "SOURCE", "RELEASE", "ACTIVATED", "DIGEST"}, rows); err != nil {
 		return err
+	}
+	if st.Candidate != nil {
+		c := st.Candidate.Shadow
+		fmt.Fprintf(w, "shadow:   %d calls compared: %d same, %d stricter, %d looser, %d other limits; %d without a valid answer, %d skipped\n",
+			c.Sampled, c.Same, c.Stricter, c.Looser, c.Other, c.Failed, c.Skipped)
 	}
 	for _, f := range st.Fallbacks {
 		fmt.Fprintf(w, "fallback: %s; in its place: %s\n", printable(f.Why), printable(f.Replacement))
