@@ -71,6 +71,18 @@ type Program struct {
 // Bundle is what the program was compiled from.
 func (p *Program) Bundle() *Bundle { return p.bundle }
 
+// Names of the engines that evaluate a program.
+const (
+	EngineCompiled = "compiled" // OPA's plan, lowered by prepared/irvm
+	EngineTopdown  = "topdown"  // OPA's interpreter
+)
+
+// Engine is what evaluates the program, EngineCompiled or EngineTopdown. With
+// EngineTopdown the reason says why.
+func (p *Program) Engine() (name, reason string) {
+	return EngineTopdown, "nothing else is there yet"
+}
+
 // Compile makes b ready to evaluate. It refuses, with an error that wraps
 // ErrCompile and names file and line: calls of RefusedBuiltins, a negation
 // without `import rego.v2` (see the package comment), rules and data at one

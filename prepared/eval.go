@@ -32,21 +32,34 @@ const EvalTimeout = 10 * time.Second
 // With any error the Decision is its zero value, which denies; the error wraps
 // one of ErrUndefined, ErrEvaluation, ErrResult and ErrBudget. Eval keeps no
 // reference to input.
-func (p *Program) Eval(ctx context.Context, input []byte) (d Decision, err error) {
+func (p *Program) Eval(ctx context.Context, input []byte) (Decision, error) {
+	var d Decision
+	err := p.EvalInto(ctx, &d, input)
+	return d, err
+}
+
+// EvalInto is Eval into a Decision that the caller has and uses again: the
+// slices of dst are overwritten and grown where needed, so a caller that keeps
+// one Decision per goroutine and takes what it needs out of it before the next
+// call makes the evaluator allocate nothing for them. Strings in dst are never
+// written again and may be kept. With an error *dst is the zero value.
+func (p *Program) EvalInto(ctx context.Context, dst *Decision, input []byte) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			d, err = Decision{}, fmt.Errorf("%w: the evaluator panicked: %v", ErrEvaluation, r)
+			*dst, err = Decision{}, fmt.Errorf("%w: the evaluator panicked: %v", ErrEvaluation, r)
 		}
 	}()
 	v, err := p.eval(ctx, input)
 	if err != nil {
-		return Decision{}, err
+		*dst = Decision{}
+		return err
 	}
-	d, err = decisionOf(v)
+	*dst, err = decisionOf(v)
 	if err != nil {
-		return Decision{}, fmt.Errorf("%w: %w", ErrResult, err)
+		*dst = Decision{}
+		return fmt.Errorf("%w: %w", ErrResult, err)
 	}
-	return d, nil
+	return nil
 }
 
 // Replay evaluates a recorded input again. It is Eval by another name: what was
