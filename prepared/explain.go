@@ -15,6 +15,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/internal/strictjson"
 )
 
 // Explanation says how a policy came to its decision about one input.
@@ -112,11 +113,10 @@ const (
 // A policy that gives no valid answer is explained, too; the error is for an
 // input that is none and for a context that ended.
 func Explain(ctx context.Context, p *Program, input []byte) (*Explanation, error) {
-	in, err := parseInput(input)
-	if err != nil {
+	if err := strictjson.CheckObject(input); err != nil {
 		return nil, fmt.Errorf("explain: input: %w", err)
 	}
-	t := &ruleTracer{input: in, data: p.bundle.parsed.Data, values: true, runs: map[uint64]*ruleRun{}, rules: map[*ast.Rule]*ruleRun{}}
+	t := &ruleTracer{data: p.bundle.parsed.Data, values: true, runs: map[uint64]*ruleRun{}, rules: map[*ast.Rule]*ruleRun{}}
 	// Without the rule index also rules that it would have skipped are tried, so
 	// that the condition that rules them out has a line.
 	d, err := p.traced(ctx, input, t, rego.EvalRuleIndexing(false))
@@ -154,7 +154,7 @@ func Explain(ctx context.Context, p *Program, input []byte) (*Explanation, error
 }
 
 // traced is Eval on OPA's evaluator, watched by t.
-func (p *Program) traced(ctx context.Context, input []byte, t topdown.QueryTracer, more ...rego.EvalOption) (d Decision, err error) {
+func (p *Program) traced(ctx context.Context, input []byte, t *ruleTracer, more ...rego.EvalOption) (d Decision, err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			d, err = Decision{}, fmt.Errorf("%w: the evaluator panicked: %v", ErrEvaluation, r)
@@ -182,7 +182,6 @@ type ruleRun struct {
 
 // ruleTracer follows the rules of one evaluation.
 type ruleTracer struct {
-	input  ast.Value
 	data   map[string]any
 	values bool // also what they saw, which costs
 
@@ -327,7 +326,7 @@ func (t *ruleTracer) seen(r *ast.Rule, n int, e *topdown.Event) []Seen {
 func (t *ruleTracer) seenRef(ref ast.Ref, e *topdown.Event) (Seen, bool) {
 	root := ref[0].Value
 	isInput, isData := root.Compare(ast.InputRootDocument.Value) == 0, root.Compare(ast.DefaultRootDocument.Value) == 0
-	if !isInput && !isData || len(ref) < 2 {
+	if !isInput && !isData || len(ref) < 2 || isInput && e.Input() == nil {
 		return Seen{}, false
 	}
 	plugged, ok := e.Plug(ast.NewTerm(ref)).Value.(ast.Ref)
@@ -337,16 +336,11 @@ func (t *ruleTracer) seenRef(ref ast.Ref, e *topdown.Event) (Seen, bool) {
 	ground := plugged.GroundPrefix()
 	s := Seen{Name: ground.String()}
 	if isInput {
-		in := t.input
-		if e.Input() != nil { // a `with` is in force
-			in = e.Input().Value
-		}
-		v, err := in.Find(ground[1:])
-		if err != nil {
+		if v, err := e.Input().Value.Find(ground[1:]); err == nil {
+			s.Value = valueOf(ast.NewTerm(v))
+		} else {
 			s.Undefined = true
-			return s, true
 		}
-		s.Value = valueOf(ast.NewTerm(v))
 		return s, true
 	}
 	var at any = t.data

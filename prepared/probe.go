@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/open-policy-agent/opa/v1/ast"
+
+	"github.com/autonomyops/autonomy/internal/strictjson"
 )
 
 // FailOpen is a field of a call without which the policy allows what it denies
@@ -163,7 +165,7 @@ type prober struct {
 
 // call probes one call.
 func (r *prober) call(ctx context.Context, name string, input []byte) error {
-	if _, err := parseInput(input); err != nil {
+	if err := strictjson.CheckObject(input); err != nil {
 		return fmt.Errorf("%w: %w", errSample, err)
 	}
 	d, err := r.program.Eval(ctx, input)

@@ -107,12 +107,19 @@ type Active struct {
 // Eval is Program.Eval for a call that is enforced: it also notes whether the
 // policy answers, and gives a sample of the calls to the candidate.
 func (a *Active) Eval(ctx context.Context, input []byte) (Decision, error) {
-	d, err := a.Program.Eval(ctx, input)
+	var d Decision
+	err := a.EvalInto(ctx, &d, input)
+	return d, err
+}
+
+// EvalInto is to Program.EvalInto what Eval is to Program.Eval.
+func (a *Active) EvalInto(ctx context.Context, dst *Decision, input []byte) error {
+	err := a.Program.EvalInto(ctx, dst, input)
 	a.health.note(err)
 	if a.shadow != nil {
-		a.shadow.offer(input, &d, err)
+		a.shadow.offer(input, dst, err)
 	}
-	return d, err
+	return err
 }
 
 // health is what the evaluations say about a policy. Both flags are written
