@@ -72,7 +72,7 @@ func parse(args []string) (*options, error) {
 	fs.StringVar(&o.work, "work", os.TempDir(), "`directory` to write the policies to")
 	fs.StringVar(&o.out, "out", "bench/results", "`directory` for latest.json and latest.md")
 	fs.StringVar(&o.version, "version", "devel", "our `version`, for the report")
-	fs.DurationVar(&o.measure, "duration", time.Second, "how long a leg is measured; one that swaps three times as long")
+	fs.DurationVar(&o.measure, "duration", time.Second, "how long a leg is measured; one that swaps six times as long")
 	fs.DurationVar(&o.warmup, "warmup", 300*time.Millisecond, "how long it runs before that")
 	fs.IntVar(&o.reps, "reps", 5, "repetitions")
 	if err := fs.Parse(args); err != nil {

@@ -45,11 +45,15 @@ func (b block) String() string {
 	return fmt.Sprintf("decision, %s policy, %s", b.policy, who)
 }
 
+// swapTimes is how much longer a leg that swaps is measured: half of it is
+// without swaps, and a percentile needs more than a mean.
+const swapTimes = 6
+
 // spec is the leg of one side.
 func (b block) spec(side, work string, o *options) leg.Spec {
 	s := leg.Spec{Side: side, Mode: b.mode, Dir: filepath.Join(work, b.policy), Goroutines: b.goroutines, Warmup: o.warmup, Measure: o.measure}
 	if b.mode == leg.Swap {
-		s.Measure *= 3 // half of it without swaps, and a percentile needs more than a mean
+		s.Measure *= swapTimes
 	}
 	return s
 }

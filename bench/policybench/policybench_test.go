@@ -41,7 +41,7 @@ func quickOptions(t *testing.T) *options {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o, err := parse([]string{"-peers", self, "-work", t.TempDir(), "-out", t.TempDir(), "-reps", "2", "-duration", "60ms", "-warmup", "5ms"})
+	o, err := parse([]string{"-peers", self, "-work", t.TempDir(), "-out", t.TempDir(), "-reps", "2", "-duration", "80ms", "-warmup", "5ms"})
 	if err != nil {
 		t.Fatal(err)
 	}

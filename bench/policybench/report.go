@@ -221,7 +221,7 @@ How to read this:
 - **cedar-go** does less: the language has no texts, limits or redaction in an answer, and what it cannot look up or count lies in its policy, its entities or its context.
 - **allocations** are those of the whole process divided by its decisions; under one in twenty they count as none.
 - **growth of RSS** is what the kernel counts right after loading, garbage included.
-- **swap under load**: one goroutine asks while another one activates two versions in turn, through the disk, in every second window of 50 ms.
+- **swap under load**: one goroutine asks while another one activates two versions in turn, through the disk, in every second window of 100 ms.
 `)
 	return b.String()
 }

@@ -282,10 +282,11 @@ func load(s Spec, open Open, calls []call) (Result, error) {
 }
 
 // window is how long the policy is swapped, and then not.
-const window = 50 * time.Millisecond
+const window = 100 * time.Millisecond
 
-// pause is between two swaps: a thousand a second is more than any node does.
-const pause = time.Millisecond
+// pause is between two swaps: dozens a second are more than a node does in a
+// month, and few enough that the disk is not what is measured.
+const pause = 20 * time.Millisecond
 
 func swap(s Spec, open Open, calls []call) (Result, error) {
 	policy, err := open(s.Dir)
