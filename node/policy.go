@@ -90,7 +90,7 @@ func (n *node) admit(ctx context.Context, p *prepared.Program) error {
 		}
 		n.log.Warn("policy: "+f.Message, "policy", b.Ref(), "at", fmt.Sprintf("%s:%d", f.File, f.Line), "rule", f.Rule)
 	}
-	r, err := prepared.Probe(ctx, p, prepared.ProbeOptions{Recorded: n.recordedCalls(ctx), Allow: n.cfg.FailOpen})
+	r, err := prepared.Probe(ctx, p, prepared.ProbeOptions{Recorded: n.recordedCalls(ctx, b.Digest), Allow: n.cfg.FailOpen})
 	if err != nil {
 		return err
 	}
@@ -140,8 +140,11 @@ const (
 )
 
 // recordedCalls are the inputs of the newest distinct calls in the log, newest
-// first. Two calls are the same when kind and params are, byte for byte.
-func (n *node) recordedCalls(ctx context.Context) [][]byte {
+// first. Two calls are the same when kind and params are, byte for byte. Calls
+// that the policy with the given digest has decided are left out: it was in force
+// already, and a node must come up again with what it ran on, whatever an agent
+// has sent meanwhile.
+func (n *node) recordedCalls(ctx context.Context, digest string) [][]byte {
 	var out [][]byte
 	seen := map[[sha256.Size]byte]bool{}
 	last := n.wal.Durable()
@@ -160,14 +163,12 @@ func (n *node) recordedCalls(ctx context.Context) [][]byte {
 		if err != nil {
 			continue
 		}
-		var body struct {
-			Input json.RawMessage `json:"input"`
-		}
+		var body event.DecisionBody
 		var call struct {
 			Kind   json.RawMessage `json:"kind"`
 			Params json.RawMessage `json:"params"`
 		}
-		if json.Unmarshal(rec.Body, &body) != nil || json.Unmarshal(body.Input, &call) != nil {
+		if json.Unmarshal(rec.Body, &body) != nil || body.PolicyDigest == digest || json.Unmarshal(body.Input, &call) != nil {
 			continue
 		}
 		key := sha256.Sum256(fmt.Appendf(nil, "%s\n%s", call.Kind, call.Params))

@@ -179,7 +179,13 @@ func TestPolicyFailsOpen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = runNode(t, func(c *Config) { c.StateDir, c.Policy = state, silent }, never)
+	// The same policy comes up again, whatever was sent to it. Another one is probed
+	// with it.
+	if err := runNode(t, func(c *Config) { c.StateDir, c.Policy = state, silent }, func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	later := buildPolicy(t, opens, prepared.BuildOptions{Version: "1.0.1"})
+	err = runNode(t, func(c *Config) { c.StateDir, c.Policy = state, later }, never)
 	refused(err, "recorded call 1: denied as it stands, allowed with /params removed; rule data.autonomy.allow at p.rego:7")
 
 	// The author's word is in the bundle.
