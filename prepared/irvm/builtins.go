@@ -24,7 +24,7 @@ var native map[string]any
 
 // A special lowers the call of a builtin that gains from knowing its constant
 // operands. nil: it does not.
-type special func(c *compiler, args []operand, res int) op
+type special func(c *compiler, args []operand, to result) op
 
 func init() { // not a literal: some of them call others by name
 	native = map[string]any{
@@ -108,41 +108,29 @@ func (m *Machine) equal(a, b Value) bool {
 }
 
 // builtin lowers a call of one of OPA's builtins.
-func (c *compiler) builtin(name string, args []operand, res int) op {
+func (c *compiler) builtin(name string, args []operand, to result) op {
 	f := native[name]
 	if s, ok := f.(special); ok {
-		if o := s(c, args, res); o != nil {
+		if o := s(c, args, to); o != nil {
 			return o
 		}
 	}
 	switch f := f.(type) {
 	case func0:
-		return func(m *Machine, r []Value) int { r[res] = f(m); return next }
+		return func(m *Machine, r []Value) int { return to.put(r, f(m)) }
 	case void:
 		return func(m *Machine, _ []Value) int { f(m); return next }
 	case func1:
 		a := args[0]
-		return func(m *Machine, r []Value) int {
-			v := f(m, a.get(r))
-			r[res] = v
-			return leaveUnless(v.kind != Undefined)
-		}
+		return func(m *Machine, r []Value) int { return to.put(r, f(m, a.get(r))) }
 	case func2:
 		a, b := args[0], args[1]
-		return func(m *Machine, r []Value) int {
-			v := f(m, a.get(r), b.get(r))
-			r[res] = v
-			return leaveUnless(v.kind != Undefined)
-		}
+		return func(m *Machine, r []Value) int { return to.put(r, f(m, a.get(r), b.get(r))) }
 	case func3:
 		a, b, d := args[0], args[1], args[2]
-		return func(m *Machine, r []Value) int {
-			v := f(m, a.get(r), b.get(r), d.get(r))
-			r[res] = v
-			return leaveUnless(v.kind != Undefined)
-		}
+		return func(m *Machine, r []Value) int { return to.put(r, f(m, a.get(r), b.get(r), d.get(r))) }
 	}
-	return c.foreign(name, args, res)
+	return c.foreign(name, args, to)
 }
 
 // Arithmetic.

@@ -3,6 +3,7 @@ package irvm
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -46,12 +47,14 @@ type Program struct {
 type function struct {
 	name   string
 	body   []*block
-	params []int
-	ret    int
+	arity  int      // parameters, input and data among them
+	result ir.Local // the local of the value, and
+	ret    int      // its register
+	params []int    // registers of the parameters
 	nregs  int
-	shared int // the last local that all definitions share
-	memo   int // place in the memo; -1: it has arguments
-	stack  int // registers of the deepest chain of calls from here; 0: not known yet
+	shared ir.Local // the last local that all definitions share
+	memo   int      // place in the memo; -1: it has arguments
+	stack  int      // registers of the deepest chain of calls from here; 0: not known yet
 	calls  map[*function]bool
 }
 
@@ -122,13 +125,14 @@ type compiler struct {
 	noFold bool      // a `with` replaces data: what is under data is not constant
 
 	// Of the function being lowered.
-	fn     *function
-	locals int
+	fn   *function
+	regs map[ir.Local]int  // registers of the locals that some op uses
+	read map[ir.Local]bool // locals that some block reads
 	// Of its block that is being lowered.
-	writes  map[ir.Local]int   // statements that assign a local
-	changes map[ir.Local]int   // statements that change the collection in a local
-	values  map[ir.Local]Value // of locals whose value is known here
-	known   []ir.Local         // those, the latest last
+	uses  map[ir.Local]*use
+	facts map[ir.Local]operand // locals whose value is known, or that of another local
+	known []ir.Local           // those, the latest last
+	skip  int                  // statements behind the current one that its op has done too
 }
 
 // A pathNode leads from the path of a document to its function.
@@ -142,13 +146,8 @@ func (c *compiler) compile(plan *ir.Policy) {
 		c.consts = append(c.consts, c.build.str(s.Value))
 	}
 	for _, f := range plan.Funcs.Funcs {
-		fn := &function{name: f.Name, ret: int(f.Return), memo: -1, calls: map[*function]bool{}}
-		fn.shared = fn.ret
-		for _, p := range f.Params {
-			fn.params = append(fn.params, int(p))
-			fn.shared = max(fn.shared, int(p))
-		}
-		fn.shared++
+		fn := &function{name: f.Name, arity: len(f.Params), memo: -1, calls: map[*function]bool{}}
+		fn.shared = max(f.Return, slices.Max(f.Params)) + 1
 		if len(f.Params) == 2 { // input and data only
 			fn.memo = c.prog.memos
 			c.prog.memos++
@@ -159,18 +158,21 @@ func (c *compiler) compile(plan *ir.Policy) {
 	}
 	c.noFold = c.noFold || replacesData(plan.Plans.Plans[0].Blocks)
 	for _, f := range plan.Funcs.Funcs {
-		c.fn, c.locals = c.funcs[f.Name], int(ir.Unused)
-		c.see(f.Return)
+		c.fn, c.regs = c.funcs[f.Name], map[ir.Local]int{}
+		c.fn.ret = c.see(f.Return)
+		c.fn.result = f.Return
 		for _, p := range f.Params {
-			c.see(p)
+			c.fn.params = append(c.fn.params, c.see(p))
 		}
 		c.fn.body = c.body(f.Blocks)
-		c.fn.nregs = c.locals
+		c.fn.nregs = len(c.regs)
 	}
-	c.fn, c.locals = &function{shared: int(ir.Data), calls: map[*function]bool{}}, int(ir.Unused)
+	c.fn, c.regs = &function{shared: ir.Data, calls: map[*function]bool{}}, map[ir.Local]int{}
+	c.see(ir.Input) // register 0
+	c.see(ir.Data)  // register 1
 	c.prog.plan = c.body(plan.Plans.Plans[0].Blocks)
-	c.fn.nregs = c.locals
-	c.prog.planRegs = c.locals
+	c.fn.nregs = len(c.regs)
+	c.prog.planRegs = c.fn.nregs
 	c.prog.regs = c.fn.need(0)
 }
 
@@ -236,28 +238,31 @@ func replacesData(blocks []*ir.Block) bool {
 func walk(b *ir.Block, visit func(ir.Stmt)) {
 	for _, s := range b.Stmts {
 		visit(s)
-		switch s := s.(type) {
-		case *ir.BlockStmt:
-			for _, inner := range s.Blocks {
-				walk(inner, visit)
-			}
-		case *ir.ScanStmt:
-			walk(s.Block, visit)
-		case *ir.NotStmt:
-			walk(s.Block, visit)
-		case *ir.WithStmt:
-			walk(s.Block, visit)
+		for _, inner := range accessOf(s).blocks {
+			walk(inner, visit)
 		}
 	}
 }
 
-// see makes room for a local and returns its register.
+// see returns the register of a local.
 func (c *compiler) see(l ir.Local) int {
-	c.locals = max(c.locals, int(l)+1)
-	return int(l)
+	reg, ok := c.regs[l]
+	if !ok {
+		reg = len(c.regs)
+		c.regs[l] = reg
+	}
+	return reg
 }
 
 func (c *compiler) body(blocks []*ir.Block) []*block {
+	c.read = map[ir.Local]bool{}
+	for _, b := range blocks {
+		walk(b, func(s ir.Stmt) {
+			for _, l := range accessOf(s).reads {
+				c.read[l] = true
+			}
+		})
+	}
 	out := make([]*block, len(blocks))
 	for i, b := range blocks {
 		c.count(b)
@@ -266,82 +271,234 @@ func (c *compiler) body(blocks []*ir.Block) []*block {
 	return out
 }
 
-// count finds out which locals are assigned once in b, so that their value is
-// the same wherever it is known.
+// A use says what a block, one of those that a function consists of, does with
+// a local.
+type use struct {
+	writes  int
+	reads   int
+	changes int   // to the collection in it
+	path    []int // of the block in the blocks where it is written
+	outside bool  // it is read where that block has ended
+}
+
+func (c *compiler) use(l ir.Local) *use {
+	u := c.uses[l]
+	if u == nil {
+		u = &use{}
+		c.uses[l] = u
+	}
+	return u
+}
+
+// count finds out what b does with its locals.
 func (c *compiler) count(b *ir.Block) {
-	c.writes, c.changes, c.values = map[ir.Local]int{}, map[ir.Local]int{}, map[ir.Local]Value{}
-	walk(b, func(s ir.Stmt) {
-		switch s := s.(type) {
-		case *ir.AssignIntStmt:
-			c.writes[s.Target]++
-		case *ir.AssignVarStmt:
-			c.writes[s.Target]++
-		case *ir.AssignVarOnceStmt:
-			c.writes[s.Target]++
-		case *ir.ResetLocalStmt:
-			c.writes[s.Target]++
-		case *ir.CallStmt:
-			c.writes[s.Result]++
-		case *ir.CallDynamicStmt:
-			c.writes[s.Result]++
-		case *ir.DotStmt:
-			c.writes[s.Target]++
-		case *ir.LenStmt:
-			c.writes[s.Target]++
-		case *ir.ScanStmt:
-			c.writes[s.Key]++
-			c.writes[s.Value]++
-		case *ir.MakeNullStmt:
-			c.writes[s.Target]++
-		case *ir.MakeNumberIntStmt:
-			c.writes[s.Target]++
-		case *ir.MakeNumberRefStmt:
-			c.writes[s.Target]++
-		case *ir.MakeArrayStmt:
-			c.writes[s.Target]++
-		case *ir.MakeObjectStmt:
-			c.writes[s.Target]++
-		case *ir.MakeSetStmt:
-			c.writes[s.Target]++
-		case *ir.ObjectMergeStmt:
-			c.writes[s.Target]++
-		case *ir.WithStmt:
-			c.writes[s.Local]++
-		case *ir.ArrayAppendStmt:
-			c.changes[s.Array]++
-		case *ir.ObjectInsertStmt:
-			c.changes[s.Object]++
-		case *ir.ObjectInsertOnceStmt:
-			c.changes[s.Object]++
-		case *ir.SetAddStmt:
-			c.changes[s.Set]++
+	c.uses, c.facts = map[ir.Local]*use{}, map[ir.Local]operand{}
+	var path []int
+	blocks := 0
+	var visit func(b *ir.Block)
+	visit = func(b *ir.Block) {
+		blocks++
+		path = append(path, blocks)
+		for _, s := range b.Stmts {
+			a := accessOf(s)
+			for _, l := range a.reads {
+				u := c.use(l)
+				u.reads++
+				n := len(u.path)
+				u.outside = u.outside || n == 0 || n > len(path) || path[n-1] != u.path[n-1]
+			}
+			for _, l := range a.writes {
+				u := c.use(l)
+				u.writes++
+				if u.path == nil {
+					u.path = slices.Clone(path)
+				}
+			}
+			if a.changed >= 0 {
+				c.use(a.changed).changes++
+			}
+			for _, inner := range a.blocks {
+				visit(inner)
+			}
 		}
-	})
+		path = path[:len(path)-1]
+	}
+	visit(b)
+}
+
+// An access says which locals a statement reads and writes.
+type access struct {
+	reads, writes []ir.Local
+	changed       ir.Local // the collection in it is changed; -1: none
+	blocks        []*ir.Block
+}
+
+func accessOf(s ir.Stmt) access {
+	a := access{changed: -1}
+	read := func(ops ...ir.Operand) {
+		for _, o := range ops {
+			if l, ok := o.Value.(ir.Local); ok {
+				a.reads = append(a.reads, l)
+			}
+		}
+	}
+	write := func(ls ...ir.Local) { a.writes = append(a.writes, ls...) }
+	change := func(l ir.Local) {
+		a.reads = append(a.reads, l)
+		a.changed = l
+	}
+	switch s := s.(type) {
+	case *ir.AssignIntStmt:
+		write(s.Target)
+	case *ir.AssignVarStmt:
+		read(s.Source)
+		write(s.Target)
+	case *ir.AssignVarOnceStmt:
+		read(s.Source)
+		a.reads = append(a.reads, s.Target)
+		write(s.Target)
+	case *ir.ResetLocalStmt:
+		write(s.Target)
+	case *ir.CallStmt:
+		read(s.Args...)
+		write(s.Result)
+	case *ir.CallDynamicStmt:
+		read(s.Path...)
+		a.reads = append(a.reads, s.Args...)
+		write(s.Result)
+	case *ir.DotStmt:
+		read(s.Source, s.Key)
+		write(s.Target)
+	case *ir.LenStmt:
+		read(s.Source)
+		write(s.Target)
+	case *ir.EqualStmt:
+		read(s.A, s.B)
+	case *ir.NotEqualStmt:
+		read(s.A, s.B)
+	case *ir.IsArrayStmt:
+		read(s.Source)
+	case *ir.IsObjectStmt:
+		read(s.Source)
+	case *ir.IsSetStmt:
+		read(s.Source)
+	case *ir.IsDefinedStmt:
+		a.reads = append(a.reads, s.Source)
+	case *ir.IsUndefinedStmt:
+		a.reads = append(a.reads, s.Source)
+	case *ir.ReturnLocalStmt:
+		a.reads = append(a.reads, s.Source)
+	case *ir.ResultSetAddStmt:
+		a.reads = append(a.reads, s.Value)
+	case *ir.MakeNullStmt:
+		write(s.Target)
+	case *ir.MakeNumberIntStmt:
+		write(s.Target)
+	case *ir.MakeNumberRefStmt:
+		write(s.Target)
+	case *ir.MakeArrayStmt:
+		write(s.Target)
+	case *ir.MakeObjectStmt:
+		write(s.Target)
+	case *ir.MakeSetStmt:
+		write(s.Target)
+	case *ir.ObjectMergeStmt:
+		a.reads = append(a.reads, s.A, s.B)
+		write(s.Target)
+	case *ir.ArrayAppendStmt:
+		read(s.Value)
+		change(s.Array)
+	case *ir.ObjectInsertStmt:
+		read(s.Key, s.Value)
+		change(s.Object)
+	case *ir.ObjectInsertOnceStmt:
+		read(s.Key, s.Value)
+		change(s.Object)
+	case *ir.SetAddStmt:
+		read(s.Value)
+		change(s.Set)
+	case *ir.BlockStmt:
+		a.blocks = s.Blocks
+	case *ir.NotStmt:
+		a.blocks = []*ir.Block{s.Block}
+	case *ir.ScanStmt:
+		a.reads = append(a.reads, s.Source)
+		write(s.Key, s.Value)
+		a.blocks = []*ir.Block{s.Block}
+	case *ir.WithStmt:
+		read(s.Value)
+		a.reads = append(a.reads, s.Local)
+		write(s.Local)
+		a.blocks = []*ir.Block{s.Block}
+	}
+	return a
 }
 
 func (c *compiler) block(b *ir.Block) *block {
-	depth := len(c.known)
-	out := &block{ops: make([]op, 0, len(b.Stmts))}
-	for i, s := range b.Stmts {
-		if o := c.stmt(s, b.Stmts[i+1:]); o != nil {
-			out.ops = append(out.ops, o)
-		}
-	}
+	depth, skip := len(c.known), c.skip
+	out := &block{}
+	c.stmts(b.Stmts, out)
 	out.cost = 1 + len(out.ops)
 	for _, l := range c.known[depth:] {
-		delete(c.values, l)
+		delete(c.facts, l)
 	}
-	c.known = c.known[:depth]
+	c.known, c.skip = c.known[:depth], skip
 	return out
 }
 
-// learn notes that l has the value v from here to the end of the block.
-func (c *compiler) learn(l ir.Local, v Value) {
-	if _, have := c.values[l]; have || !c.once(l) {
-		return
+func (c *compiler) stmts(stmts []ir.Stmt, out *block) {
+	for i := 0; i < len(stmts); i++ {
+		if inner, ok := spliced(stmts[i]); ok {
+			c.stmts(inner, out)
+			continue
+		}
+		c.skip = 0
+		if o := c.stmt(stmts[i], stmts[i+1:]); o != nil {
+			out.ops = append(out.ops, o)
+		}
+		i += c.skip
 	}
-	c.values[l] = v
-	c.known = append(c.known, l)
+}
+
+// spliced recognizes how the planner writes that statements must succeed,
+//
+//	block { block { block { block { statements; break 1 } }; break 1 } }
+//
+// which is the same as the statements alone.
+func spliced(s ir.Stmt) ([]ir.Stmt, bool) {
+	outer, ok := s.(*ir.BlockStmt)
+	if !ok || len(outer.Blocks) != 1 || len(outer.Blocks[0].Stmts) != 2 || !isBreak(outer.Blocks[0].Stmts[1], 1) {
+		return nil, false
+	}
+	nested, ok := outer.Blocks[0].Stmts[0].(*ir.BlockStmt)
+	if !ok || len(nested.Blocks) != 1 {
+		return nil, false
+	}
+	stmts := nested.Blocks[0].Stmts
+	last := len(stmts) - 1
+	if last < 0 || !isBreak(stmts[last], 1) || crosses(&ir.Block{Stmts: stmts[:last]}, 0) {
+		return nil, false
+	}
+	return stmts[:last], true
+}
+
+func isBreak(s ir.Stmt, index uint32) bool {
+	b, ok := s.(*ir.BreakStmt)
+	return ok && b.Index == index
+}
+
+// learn notes that l is what from is, from here to the end of the block. It
+// reports whether all that reads l will know: l then needs no register.
+func (c *compiler) learn(l ir.Local, from operand) bool {
+	u := c.uses[l]
+	if !c.once(l) {
+		return false
+	}
+	if _, have := c.facts[l]; !have {
+		c.facts[l] = from
+		c.known = append(c.known, l)
+	}
+	return !u.outside
 }
 
 // once reports whether l is assigned once in the block being lowered, and in no
@@ -349,15 +506,19 @@ func (c *compiler) learn(l ir.Local, v Value) {
 // those that each of them numbers anew: parameters, the result, and behind them
 // the result of one definition.
 func (c *compiler) once(l ir.Local) bool {
-	return c.writes[l] == 1 && int(l) > c.fn.shared
+	u := c.uses[l]
+	return u != nil && u.writes == 1 && l > c.fn.shared
 }
 
-func (c *compiler) valueOf(l ir.Local) (Value, bool) {
-	if l == ir.Data && !c.noFold {
-		return c.prog.data, true
-	}
-	v, ok := c.values[l]
-	return v, ok
+// stable reports whether l, which has a value now, keeps it to the end of the block.
+func (c *compiler) stable(l ir.Local) bool {
+	u := c.uses[l]
+	return u == nil || u.writes == 0 || c.once(l)
+}
+
+func (c *compiler) isConst(l ir.Local) bool {
+	o := c.local(l)
+	return o.isConst()
 }
 
 // An operand is a constant or a register.
@@ -389,11 +550,16 @@ func (c *compiler) operand(o ir.Operand) operand {
 }
 
 func (c *compiler) local(l ir.Local) operand {
-	if v, ok := c.valueOf(l); ok {
-		return operand{value: v, reg: -1}
+	if l == ir.Data && !c.noFold {
+		return operand{value: c.prog.data, reg: -1}
+	}
+	if o, ok := c.facts[l]; ok {
+		return o
 	}
 	return operand{reg: c.see(l)}
 }
+
+func constOperand(v Value) operand { return operand{value: v, reg: -1} }
 
 // A draft is a collection that a run of statements writes down.
 type draft struct {
@@ -408,7 +574,7 @@ func (c *compiler) literal(target ir.Local, first ir.Stmt, rest []ir.Stmt) (Valu
 	drafts := map[ir.Local]*draft{}
 	begin := func(l ir.Local, k Kind) {
 		if c.once(l) {
-			drafts[l] = &draft{kind: k, left: c.changes[l]}
+			drafts[l] = &draft{kind: k, left: c.uses[l].changes}
 		}
 	}
 	value := func(o ir.Operand) (Value, bool) {
@@ -435,11 +601,11 @@ func (c *compiler) literal(target ir.Local, first ir.Stmt, rest []ir.Stmt) (Valu
 		case *ir.MakeObjectStmt:
 			begin(s.Target, Object)
 		case *ir.MakeNumberRefStmt:
-			c.learn(s.Target, numberValue(c.consts[s.Index].str()))
+			c.learn(s.Target, constOperand(numberValue(c.consts[s.Index].str())))
 		case *ir.MakeNumberIntStmt:
-			c.learn(s.Target, intValue(s.Value))
+			c.learn(s.Target, constOperand(intValue(s.Value)))
 		case *ir.MakeNullStmt:
-			c.learn(s.Target, nullValue())
+			c.learn(s.Target, constOperand(nullValue()))
 		case *ir.ArrayAppendStmt:
 			d, v = drafts[s.Array], s.Value
 		case *ir.SetAddStmt:

@@ -18,7 +18,7 @@ import (
 // with to say.
 
 // foreign lowers the call of a builtin that is not native.
-func (c *compiler) foreign(name string, args []operand, res int) op {
+func (c *compiler) foreign(name string, args []operand, to result) op {
 	f, decl := topdown.GetBuiltin(name), ast.BuiltinMap[name]
 	if f == nil || decl == nil {
 		refuse("builtin %s is not there", name)
@@ -54,8 +54,7 @@ func (c *compiler) foreign(name string, args []operand, res int) op {
 		if void && ok {
 			return next
 		}
-		r[res] = v
-		return leaveUnless(v.kind != Undefined)
+		return to.put(r, v)
 	}
 }
 

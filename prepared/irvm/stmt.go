@@ -21,7 +21,7 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 	case *ir.NopStmt:
 		return nil
 	case *ir.AssignVarStmt:
-		return c.assign(c.operand(s.Source), s.Target)
+		return c.assign(s)
 	case *ir.AssignVarOnceStmt:
 		return c.assignOnce(c.operand(s.Source), c.see(s.Target))
 	case *ir.AssignIntStmt:
@@ -33,40 +33,43 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 	case *ir.MakeNumberRefStmt:
 		return c.constant(s.Target, numberValue(c.consts[s.Index].str()))
 	case *ir.ResetLocalStmt:
+		if !c.read[s.Target] {
+			return nil
+		}
 		t := c.see(s.Target)
 		return func(_ *Machine, r []Value) int { r[t] = Value{}; return next }
 	case *ir.MakeArrayStmt, *ir.MakeObjectStmt, *ir.MakeSetStmt:
 		return c.collection(s, rest)
 	case *ir.ArrayAppendStmt:
-		if _, done := c.valueOf(s.Array); done {
+		if c.isConst(s.Array) {
 			return nil
 		}
-		t, v := c.see(s.Array), c.operand(s.Value)
+		t, v := c.local(s.Array).reg, c.operand(s.Value)
 		return func(m *Machine, r []Value) int {
 			a := r[t].array()
 			a.elems = m.appendValue(a.elems, v.get(r))
 			return next
 		}
 	case *ir.SetAddStmt:
-		if _, done := c.valueOf(s.Set); done {
+		if c.isConst(s.Set) {
 			return nil
 		}
-		t, v := c.see(s.Set), c.operand(s.Value)
+		t, v := c.local(s.Set).reg, c.operand(s.Value)
 		return func(m *Machine, r []Value) int {
 			m.add(r[t].set(), v.get(r))
 			return next
 		}
 	case *ir.ObjectInsertStmt:
-		if _, done := c.valueOf(s.Object); done {
+		if c.isConst(s.Object) {
 			return nil
 		}
-		t, k, v := c.see(s.Object), c.operand(s.Key), c.operand(s.Value)
+		t, k, v := c.local(s.Object).reg, c.operand(s.Key), c.operand(s.Value)
 		return func(m *Machine, r []Value) int {
 			m.insert(r[t].object(), k.get(r), v.get(r))
 			return next
 		}
 	case *ir.ObjectInsertOnceStmt:
-		t, k, v := c.see(s.Object), c.operand(s.Key), c.operand(s.Value)
+		t, k, v := c.local(s.Object).reg, c.operand(s.Key), c.operand(s.Value)
 		return func(m *Machine, r []Value) int {
 			o, key, val := r[t].object(), k.get(r), v.get(r)
 			if at := o.find(key, &m.steps); at >= 0 {
@@ -91,7 +94,7 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 			return next
 		}
 	case *ir.DotStmt:
-		return c.dot(s)
+		return c.dot(s, rest)
 	case *ir.LenStmt:
 		v, t := c.operand(s.Source), c.see(s.Target)
 		return func(_ *Machine, r []Value) int {
@@ -109,16 +112,17 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 	case *ir.IsSetStmt:
 		return isKind(c.operand(s.Source), Set)
 	case *ir.IsDefinedStmt:
-		if _, known := c.valueOf(s.Source); known {
+		o := c.local(s.Source)
+		if o.isConst() {
 			return nil
 		}
-		v := c.see(s.Source)
+		v := o.reg
 		return func(_ *Machine, r []Value) int { return leaveUnless(r[v].kind != Undefined) }
 	case *ir.IsUndefinedStmt:
 		v := c.local(s.Source)
 		return func(_ *Machine, r []Value) int { return leaveUnless(v.get(r).kind == Undefined) }
 	case *ir.ReturnLocalStmt:
-		if int(s.Source) != c.fn.ret {
+		if s.Source != c.fn.result {
 			refuse("return of a local that is not the result")
 		}
 		return func(*Machine, []Value) int { return stop }
@@ -144,16 +148,23 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 
 // constant assigns v.
 func (c *compiler) constant(to ir.Local, v Value) op {
+	if c.learn(to, constOperand(v)) {
+		return nil
+	}
 	t := c.see(to)
-	c.learn(to, v)
 	return func(_ *Machine, r []Value) int { r[t] = v; return next }
 }
 
-func (c *compiler) assign(from operand, to ir.Local) op {
+func (c *compiler) assign(s *ir.AssignVarStmt) op {
+	from := c.operand(s.Source)
 	if from.isConst() {
-		return c.constant(to, from.value)
+		return c.constant(s.Target, from.value)
 	}
-	t, f := c.see(to), from.reg
+	// Not a register of its own, if the source keeps its value as long.
+	if l := s.Source.Value.(ir.Local); c.stable(l) && c.once(s.Target) && c.learn(s.Target, from) {
+		return nil
+	}
+	t, f := c.see(s.Target), from.reg
 	return func(_ *Machine, r []Value) int { r[t] = r[f]; return next }
 }
 
@@ -196,17 +207,19 @@ func (c *compiler) collection(s ir.Stmt, rest []ir.Stmt) op {
 	return func(m *Machine, r []Value) int { r[t] = setValue(m.newSet()); return next }
 }
 
-func (c *compiler) dot(s *ir.DotStmt) op {
-	src, key, t := c.operand(s.Source), c.operand(s.Key), c.see(s.Target)
-	switch {
-	case src.isConst() && key.isConst():
+func (c *compiler) dot(s *ir.DotStmt, rest []ir.Stmt) op {
+	src, key := c.operand(s.Source), c.operand(s.Key)
+	if src.isConst() && key.isConst() {
 		v := lookup(src.value, key.value, &c.build.steps)
 		if v.kind == Undefined {
 			return func(m *Machine, _ []Value) int { return m.missing(src.value, key.value) }
 		}
 		return c.constant(s.Target, v)
+	}
+	names, target := c.path(s, rest)
+	switch {
 	case src.isConst() && src.value.kind == Object:
-		o, k := src.value.object(), key.reg
+		o, k, t := src.value.object(), key.reg, c.see(s.Target)
 		return func(m *Machine, r []Value) int {
 			at := o.find(r[k], &m.steps)
 			if at < 0 {
@@ -215,36 +228,30 @@ func (c *compiler) dot(s *ir.DotStmt) op {
 			r[t] = o.vals[at]
 			return next
 		}
-	case key.isConst() && key.value.kind == String:
-		from, k := src.reg, key.value
-		name := k.str()
+	case len(names) == 1:
+		from, name, t := src.reg, names[0], c.see(target)
 		return func(m *Machine, r []Value) int {
-			v := &r[from]
-			if v.kind != Object {
-				if v.kind == Set && v.set().find(k, &m.steps) >= 0 {
-					r[t] = k
-					return next
-				}
-				return m.missing(*v, k)
+			v, ok := m.field(&r[from], &name)
+			if !ok {
+				return undefined
 			}
-			o := v.object()
-			if o.tab != nil {
-				at := search(o.tab, o.keys, k, &m.steps)
-				if at < 0 {
+			r[t] = *v
+			return next
+		}
+	case len(names) > 1:
+		from, t := src.reg, c.see(target)
+		return func(m *Machine, r []Value) int {
+			v, ok := &r[from], true
+			for i := range names {
+				if v, ok = m.field(v, &names[i]); !ok {
 					return undefined
 				}
-				r[t] = o.vals[at]
-				return next
 			}
-			for i := range o.keys {
-				if have := &o.keys[i]; have.n == k.n && have.kind == String && have.str() == name {
-					r[t] = o.vals[i]
-					return next
-				}
-			}
-			return undefined
+			r[t] = *v
+			return next
 		}
 	}
+	t := c.see(s.Target)
 	return func(m *Machine, r []Value) int {
 		from, k := src.get(r), key.get(r)
 		v := lookup(from, k, &m.steps)
@@ -254,6 +261,64 @@ func (c *compiler) dot(s *ir.DotStmt) op {
 		r[t] = v
 		return next
 	}
+}
+
+// path is the names that s and the lookups right behind it go through, if
+// nothing else reads what lies between, and where the last one's result goes.
+func (c *compiler) path(s *ir.DotStmt, rest []ir.Stmt) (names []Value, target ir.Local) {
+	key := c.operand(s.Key)
+	if !key.isConst() || key.value.kind != String {
+		return nil, 0
+	}
+	names, target = []Value{key.value}, s.Target
+	for i := 0; i < len(rest); i++ {
+		if a, ok := rest[i].(*ir.AssignVarStmt); ok && a.Source.Value == ir.Val(target) && c.between(target) && c.once(a.Target) && !c.uses[a.Target].outside {
+			target = a.Target
+			c.skip = i + 1
+			continue
+		}
+		d, ok := rest[i].(*ir.DotStmt)
+		if !ok || d.Source.Value != ir.Val(target) || !c.between(target) {
+			break
+		}
+		if key = c.operand(d.Key); !key.isConst() || key.value.kind != String {
+			break
+		}
+		names, target = append(names, key.value), d.Target
+		c.skip = i + 1
+	}
+	return names, target
+}
+
+// between reports whether l only hands a value on to the next statement.
+func (c *compiler) between(l ir.Local) bool {
+	return c.once(l) && c.uses[l].reads == 1 && !c.uses[l].outside
+}
+
+// field is a lookup of a text.
+func (m *Machine) field(v, name *Value) (*Value, bool) {
+	if v.kind != Object {
+		if v.kind == Set && v.set().find(*name, &m.steps) >= 0 {
+			return name, true
+		}
+		m.missing(*v, *name)
+		return nil, false
+	}
+	o := v.object()
+	if o.tab != nil {
+		at := search(o.tab, o.keys, *name, &m.steps)
+		if at < 0 {
+			return nil, false
+		}
+		return &o.vals[at], true
+	}
+	s := name.str()
+	for i := range o.keys {
+		if k := &o.keys[i]; k.n == name.n && k.kind == String && k.str() == s {
+			return &o.vals[i], true
+		}
+	}
+	return nil, false
 }
 
 // missing is what a lookup without a result does.
@@ -317,24 +382,42 @@ func left(n int) int {
 }
 
 func (c *compiler) not(s *ir.NotStmt) op {
+	stmts := s.Block.Stmts
+	cond, ok := condition(s.Block)
+	if ok && setsLast(stmts, cond) && c.uses[cond].reads == 1 {
+		// The condition holds whenever the end is reached.
+		b := c.block(&ir.Block{Stmts: stmts[:len(stmts)-2]})
+		return func(m *Machine, r []Value) int { return negated(b.run(m, r)) }
+	}
 	b := c.block(s.Block)
-	cond := -1
-	if l, ok := condition(s.Block); ok {
-		cond = c.see(l)
+	if !ok {
+		return func(m *Machine, r []Value) int { return negated(b.run(m, r)) }
 	}
+	t := c.see(cond)
 	return func(m *Machine, r []Value) int {
-		if cond >= 0 {
-			r[cond] = Value{}
-		}
-		switch n := b.run(m, r); n {
-		case next:
-			return undefined
-		case undefined:
-			return next
-		default:
-			return left(n)
-		}
+		r[t] = Value{}
+		return negated(b.run(m, r))
 	}
+}
+
+// negated is what a `not` does when its block ended with n.
+func negated(n int) int {
+	switch n {
+	case next:
+		return undefined
+	case undefined:
+		return next
+	}
+	return left(n)
+}
+
+// setsLast reports whether stmts end with setting cond and looking at it.
+func setsLast(stmts []ir.Stmt, cond ir.Local) bool {
+	if len(stmts) < 2 {
+		return false
+	}
+	a, ok := stmts[len(stmts)-2].(*ir.AssignVarStmt)
+	return ok && a.Target == cond
 }
 
 // condition finds the local by which the block of a `not` tells at its end
@@ -513,33 +596,65 @@ func (c *compiler) call(s *ir.CallStmt, rest []ir.Stmt) op {
 	for i, a := range s.Args {
 		args[i] = c.operand(a)
 	}
-	res := c.see(s.Result)
+	to := c.result(s.Result, rest)
 	fn := c.funcNamed(s.Func)
 	if fn == nil {
-		return c.builtin(s.Func, args, res)
+		return c.builtin(s.Func, args, to)
 	}
-	if len(args) != len(fn.params) {
-		refuse("%s is called with %d arguments, has %d", describe(fn.name), len(args), len(fn.params))
+	if len(args) != fn.arity {
+		refuse("%s is called with %d arguments, has %d", describe(fn.name), len(args), fn.arity)
+	}
+	if fn.memo < 0 {
+		return func(m *Machine, r []Value) int { return to.put(r, m.invoke(fn, args, r)) }
 	}
 	return func(m *Machine, r []Value) int {
-		v := m.invoke(fn, args, r)
-		if v.kind == Undefined {
-			return undefined
+		e := &m.memo.entries[fn.memo]
+		if gen := m.memo.gen; e.gen != gen {
+			*e = memoEntry{gen, m.invoke(fn, args, r)}
 		}
-		r[res] = v
-		return next
+		return to.put(r, e.value)
 	}
+}
+
+// A result says what becomes of the value of a call.
+type result struct {
+	reg  int  // -1: nothing reads it
+	test bool // the statement behind the call wants it not to be false
+}
+
+// result takes the statement that tests a call's value into the call.
+func (c *compiler) result(l ir.Local, rest []ir.Stmt) result {
+	to := result{}
+	reads := 0
+	if len(rest) > 0 {
+		n, ok := rest[0].(*ir.NotEqualStmt)
+		if ok && n.A.Value == ir.Val(l) && n.B.Value == ir.Val(ir.Bool(false)) {
+			to.test = true
+			c.skip = 1
+			reads = 1
+		}
+	}
+	if u := c.uses[l]; c.once(l) && u.reads == reads {
+		to.reg = -1
+	} else {
+		to.reg = c.see(l)
+	}
+	return to
+}
+
+// put stores v and says how to go on.
+func (to *result) put(r []Value, v Value) int {
+	if v.kind == Undefined || to.test && v.kind == Bool && v.n == 0 {
+		return undefined
+	}
+	if to.reg >= 0 {
+		r[to.reg] = v
+	}
+	return next
 }
 
 // invoke runs a function of the policy and returns its value.
 func (m *Machine) invoke(fn *function, args []operand, r []Value) Value {
-	var entry *memoEntry
-	gen := m.memo.gen
-	if fn.memo >= 0 {
-		if entry = &m.memo.entries[fn.memo]; entry.gen == gen {
-			return entry.value
-		}
-	}
 	base := m.sp
 	m.sp += fn.nregs
 	m.high = max(m.high, m.sp)
@@ -553,12 +668,8 @@ func (m *Machine) invoke(fn *function, args []operand, r []Value) Value {
 			break
 		}
 	}
-	v := own[fn.ret]
 	m.sp = base
-	if entry != nil {
-		*entry = memoEntry{gen, v}
-	}
-	return v
+	return own[fn.ret]
 }
 
 // callDynamic calls the function whose path is known at run time only. A path
@@ -594,14 +705,18 @@ func (c *compiler) callDynamic(s *ir.CallDynamicStmt) op {
 				return undefined
 			}
 		}
-		if at.fn == nil || len(at.fn.params) != len(args) {
+		fn := at.fn
+		if fn == nil || fn.memo < 0 || len(args) != fn.arity {
 			return undefined
 		}
-		v := m.invoke(at.fn, args, r)
-		if v.kind == Undefined {
+		e := &m.memo.entries[fn.memo]
+		if gen := m.memo.gen; e.gen != gen {
+			*e = memoEntry{gen, m.invoke(fn, args, r)}
+		}
+		if e.value.kind == Undefined {
 			return 4
 		}
-		r[res] = v
+		r[res] = e.value
 		return next
 	}
 }

@@ -12,7 +12,7 @@ import (
 
 // regexMatch compiles a constant pattern once, and looks for a text that every
 // match contains before it runs the expression: most values contain none.
-func regexMatch(_ *compiler, args []operand, res int) op {
+func regexMatch(_ *compiler, args []operand, to result) op {
 	if !args[0].isConst() || args[0].value.kind != String {
 		return nil
 	}
@@ -29,8 +29,7 @@ func regexMatch(_ *compiler, args []operand, res int) op {
 	return func(m *Machine, r []Value) int {
 		v := text.get(r)
 		if v.kind != String {
-			r[res] = m.failed()
-			return undefined
+			return to.put(r, m.failed())
 		}
 		s := v.str()
 		m.charge(len(s) >> 5)
@@ -39,8 +38,7 @@ func regexMatch(_ *compiler, args []operand, res int) op {
 			m.charge(2 * len(s))
 			found = re.MatchString(s)
 		}
-		r[res] = boolValue(found)
-		return next
+		return to.put(r, boolValue(found))
 	}
 }
 
@@ -106,7 +104,7 @@ func shortest(texts []string) int {
 
 // cidrContains parses a constant network once. An address is looked up in it
 // here; another network as second operand is OPA's.
-func cidrContains(c *compiler, args []operand, res int) op {
+func cidrContains(c *compiler, args []operand, to result) op {
 	if !args[0].isConst() || args[0].value.kind != String {
 		return nil
 	}
@@ -114,15 +112,14 @@ func cidrContains(c *compiler, args []operand, res int) op {
 	if err != nil {
 		return nil
 	}
-	otherwise := c.foreign("net.cidr_contains", args, res)
+	otherwise := c.foreign("net.cidr_contains", args, to)
 	text := args[1]
 	return func(m *Machine, r []Value) int {
 		v := text.get(r)
 		if v.kind == String {
 			if a, err := netip.ParseAddr(v.str()); err == nil && a.Zone() == "" {
 				b := a.As16()
-				r[res] = boolValue(network.Contains(b[:]))
-				return next
+				return to.put(r, boolValue(network.Contains(b[:])))
 			}
 		}
 		return otherwise(m, r)
