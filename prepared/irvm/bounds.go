@@ -8,7 +8,7 @@ import (
 )
 
 func boundExpand(m *Machine, args []Value) {
-	if args[0].kind != String {
+	if args[0].kind() != String {
 		return
 	}
 	p, err := netip.ParsePrefix(args[0].str())
@@ -36,7 +36,7 @@ func boundRangeStep(m *Machine, args []Value) {
 
 // boundSprintf bounds the padding that a short format can ask for.
 func boundSprintf(m *Machine, args []Value) {
-	if args[0].kind != String || args[1].kind != Array {
+	if args[0].kind() != String || args[1].kind() != Array {
 		return
 	}
 	format := args[0].str()
@@ -61,11 +61,11 @@ func boundSprintf(m *Machine, args []Value) {
 // printed is about how many bytes v prints to.
 func (m *Machine) printed(v Value) int {
 	m.charge(1)
-	switch v.kind {
+	switch v.kind() {
 	case String:
 		return int(v.n) + 2
 	case Decimal:
-		return int(v.size) + maxExponent
+		return int(v.k>>32) + maxExponent
 	case Array:
 		return m.printedAll(v.array().elems)
 	case Set:
@@ -95,7 +95,7 @@ func (m *Machine) takeLarge(bytes float64) {
 
 // boundReplace: replace(s, old, new).
 func boundReplace(m *Machine, args []Value) {
-	if args[0].kind == String && args[1].kind == String && args[2].kind == String {
+	if args[0].kind() == String && args[1].kind() == String && args[2].kind() == String {
 		m.takeLarge(float64(args[0].n) + float64(strings.Count(args[0].str(), args[1].str()))*float64(args[2].n))
 	}
 }
@@ -103,7 +103,7 @@ func boundReplace(m *Machine, args []Value) {
 // boundRegexReplace: regex.replace(s, pattern, value). A match can be empty,
 // and value can name a group once in each of its bytes.
 func boundRegexReplace(m *Machine, args []Value) {
-	if args[0].kind == String && args[2].kind == String {
+	if args[0].kind() == String && args[2].kind() == String {
 		m.charge(2 * int(args[0].n))
 		groups := float64(strings.Count(args[2].str(), "$"))
 		m.takeLarge((float64(args[0].n)+1)*float64(args[2].n) + groups*float64(args[0].n))
@@ -112,12 +112,12 @@ func boundRegexReplace(m *Machine, args []Value) {
 
 // boundReplaceN: strings.replace_n(patterns, s).
 func boundReplaceN(m *Machine, args []Value) {
-	if args[0].kind != Object || args[1].kind != String {
+	if args[0].kind() != Object || args[1].kind() != String {
 		return
 	}
 	var longest uint64
 	for _, v := range args[0].object().vals {
-		if v.kind == String {
+		if v.kind() == String {
 			longest = max(longest, v.n)
 		}
 	}
@@ -129,7 +129,7 @@ func boundReplaceN(m *Machine, args []Value) {
 func boundRegex(at ...int) func(*Machine, []Value) {
 	return func(m *Machine, args []Value) {
 		for _, i := range at {
-			if i < len(args) && args[i].kind == String {
+			if i < len(args) && args[i].kind() == String {
 				m.charge(2 * int(args[i].n))
 			}
 		}
@@ -139,7 +139,7 @@ func boundRegex(at ...int) func(*Machine, []Value) {
 // boundPaths: graph.reachable_paths(graph, roots). The number of paths can grow
 // exponentially with the graph; they are counted first, each as long as it is.
 func boundPaths(m *Machine, args []Value) {
-	if args[0].kind != Object {
+	if args[0].kind() != Object {
 		return
 	}
 	graph := args[0].object()

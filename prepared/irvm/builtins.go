@@ -64,14 +64,14 @@ func init() { // not a literal: some of them call others by name
 		"object.keys":       func1(objectKeys),
 		"walk":              func1(walkValue),
 
-		"is_array":   func1(func(_ *Machine, a Value) Value { return boolValue(a.kind == Array) }),
-		"is_boolean": func1(func(_ *Machine, a Value) Value { return boolValue(a.kind == Bool) }),
-		"is_null":    func1(func(_ *Machine, a Value) Value { return boolValue(a.kind == Null) }),
+		"is_array":   func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == Array) }),
+		"is_boolean": func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == Bool) }),
+		"is_null":    func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == Null) }),
 		"is_number":  func1(func(_ *Machine, a Value) Value { return boolValue(a.isNumber()) }),
-		"is_object":  func1(func(_ *Machine, a Value) Value { return boolValue(a.kind == Object) }),
-		"is_set":     func1(func(_ *Machine, a Value) Value { return boolValue(a.kind == Set) }),
-		"is_string":  func1(func(_ *Machine, a Value) Value { return boolValue(a.kind == String) }),
-		"type_name":  func1(func(_ *Machine, a Value) Value { return keptString(a.kind.String()) }),
+		"is_object":  func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == Object) }),
+		"is_set":     func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == Set) }),
+		"is_string":  func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == String) }),
+		"type_name":  func1(func(_ *Machine, a Value) Value { return keptString(a.kind().String()) }),
 		"to_number":  func1(toNumber),
 
 		"time.now_ns":    func0(func(m *Machine) Value { return intValue(m.now) }),
@@ -136,7 +136,7 @@ func (c *compiler) builtin(name string, args []operand, to result) op {
 // Arithmetic.
 
 func plus(m *Machine, a, b Value) Value {
-	if a.kind == Int && b.kind == Int {
+	if a.kind() == Int && b.kind() == Int {
 		if s, ok := addInts(a.int(), b.int()); ok {
 			return intValue(s)
 		}
@@ -145,12 +145,12 @@ func plus(m *Machine, a, b Value) Value {
 }
 
 func minus(m *Machine, a, b Value) Value {
-	if a.kind == Int && b.kind == Int {
+	if a.kind() == Int && b.kind() == Int {
 		if d, ok := subInts(a.int(), b.int()); ok {
 			return intValue(d)
 		}
 	}
-	if a.kind == Set && b.kind == Set {
+	if a.kind() == Set && b.kind() == Set {
 		out := m.newSet()
 		for _, e := range a.set().elems {
 			m.charge(1)
@@ -164,7 +164,7 @@ func minus(m *Machine, a, b Value) Value {
 }
 
 func mul(m *Machine, a, b Value) Value {
-	if a.kind == Int && b.kind == Int {
+	if a.kind() == Int && b.kind() == Int {
 		if p, ok := mulInts(a.int(), b.int()); ok {
 			return intValue(p)
 		}
@@ -173,7 +173,7 @@ func mul(m *Machine, a, b Value) Value {
 }
 
 func div(m *Machine, a, b Value) Value {
-	if x, y := a.int(), b.int(); a.kind == Int && b.kind == Int && x != 0 && y != 0 &&
+	if x, y := a.int(), b.int(); a.kind() == Int && b.kind() == Int && x != 0 && y != 0 &&
 		x >= math.MinInt32 && x <= math.MaxInt32 && x%y == 0 {
 		return intValue(x / y)
 	}
@@ -181,14 +181,14 @@ func div(m *Machine, a, b Value) Value {
 }
 
 func rem(m *Machine, a, b Value) Value {
-	if a.kind == Int && b.kind == Int && b.int() != 0 && b.int() != -1 {
+	if a.kind() == Int && b.kind() == Int && b.int() != 0 && b.int() != -1 {
 		return intValue(a.int() % b.int())
 	}
 	return m.callForeign("rem", a, b)
 }
 
 func abs(m *Machine, a Value) Value {
-	if a.kind == Int && a.int() > math.MinInt64 {
+	if a.kind() == Int && a.int() > math.MinInt64 {
 		return intValue(max(a.int(), -a.int()))
 	}
 	return m.callForeign("abs", a)
@@ -197,7 +197,7 @@ func abs(m *Machine, a Value) Value {
 // integer is a rounding, which leaves integers alone.
 func integer(name string) func1 {
 	return func(m *Machine, a Value) Value {
-		if a.kind == Int {
+		if a.kind() == Int {
 			return a
 		}
 		return m.callForeign(name, a)
@@ -205,7 +205,7 @@ func integer(name string) func1 {
 }
 
 func numbersRange(m *Machine, a, b Value) Value {
-	if a.kind != Int || b.kind != Int {
+	if a.kind() != Int || b.kind() != Int {
 		if n := math.Abs(a.float() - b.float()); a.isNumber() && b.isNumber() && !(n < float64(m.mem)/arrayBytes) {
 			m.overMemory()
 		}
@@ -229,7 +229,7 @@ func numbersRange(m *Machine, a, b Value) Value {
 }
 
 func toNumber(m *Machine, a Value) Value {
-	switch a.kind {
+	switch a.kind() {
 	case Int, Decimal:
 		return a
 	case Bool:
@@ -247,7 +247,7 @@ func toNumber(m *Machine, a Value) Value {
 // Collections.
 
 func intersect(m *Machine, a, b Value) Value {
-	if a.kind != Set || b.kind != Set {
+	if a.kind() != Set || b.kind() != Set {
 		return m.failed()
 	}
 	x, y := a.set(), b.set()
@@ -265,7 +265,7 @@ func intersect(m *Machine, a, b Value) Value {
 }
 
 func union(m *Machine, a, b Value) Value {
-	if a.kind != Set || b.kind != Set {
+	if a.kind() != Set || b.kind() != Set {
 		return m.failed()
 	}
 	out := m.newSet()
@@ -279,7 +279,7 @@ func union(m *Machine, a, b Value) Value {
 }
 
 func countOf(m *Machine, a Value) Value {
-	switch a.kind {
+	switch a.kind() {
 	case Array, Object, Set:
 		return intValue(int64(a.length()))
 	case String:
@@ -291,7 +291,7 @@ func countOf(m *Machine, a Value) Value {
 
 // members are those of an array or a set, as they come.
 func members(a Value) ([]Value, bool) {
-	switch a.kind {
+	switch a.kind() {
 	case Array:
 		return a.array().elems, true
 	case Set:
@@ -309,7 +309,7 @@ func sum(m *Machine, a Value) Value {
 	var s int64
 	for _, e := range elems {
 		t, ok := addInts(s, e.int())
-		if e.kind != Int || !ok {
+		if e.kind() != Int || !ok {
 			return m.callForeign("sum", a)
 		}
 		s = t
@@ -325,7 +325,7 @@ func maximum(m *Machine, a Value) Value {
 	var best Value
 	for _, e := range elems {
 		m.charge(1)
-		if best.kind == Undefined || m.compare(best, e) <= 0 {
+		if best.kind() == Undefined || m.compare(best, e) <= 0 {
 			best = e
 		}
 	}
@@ -340,7 +340,7 @@ func minimum(m *Machine, a Value) Value {
 	var best Value
 	for _, e := range elems {
 		m.charge(1)
-		if best.kind == Undefined || m.compare(best, e) >= 0 {
+		if best.kind() == Undefined || m.compare(best, e) >= 0 {
 			best = e
 		}
 	}
@@ -359,7 +359,7 @@ func sorted(m *Machine, a Value) Value {
 }
 
 func arrayConcat(m *Machine, a, b Value) Value {
-	if a.kind != Array || b.kind != Array {
+	if a.kind() != Array || b.kind() != Array {
 		return m.failed()
 	}
 	x, y := a.array().elems, b.array().elems
@@ -370,7 +370,7 @@ func arrayConcat(m *Machine, a, b Value) Value {
 func arraySlice(m *Machine, a, from, to Value) Value {
 	lo, ok1 := smallInt(from)
 	hi, ok2 := smallInt(to)
-	if a.kind != Array || !ok1 || !ok2 {
+	if a.kind() != Array || !ok1 || !ok2 {
 		return m.failed()
 	}
 	elems := a.array().elems
@@ -380,7 +380,7 @@ func arraySlice(m *Machine, a, from, to Value) Value {
 }
 
 func arrayReverse(m *Machine, a Value) Value {
-	if a.kind != Array {
+	if a.kind() != Array {
 		return m.failed()
 	}
 	m.charge(a.length())
@@ -392,7 +392,7 @@ func arrayReverse(m *Machine, a Value) Value {
 
 func member(m *Machine, v, in Value) Value {
 	var elems []Value
-	switch in.kind {
+	switch in.kind() {
 	case Set:
 		return boolValue(in.set().find(v, &m.steps) >= 0)
 	case Array:
@@ -411,22 +411,22 @@ func member(m *Machine, v, in Value) Value {
 
 func memberAt(m *Machine, k, v, in Value) Value {
 	have := lookup(in, k, &m.steps)
-	return boolValue(have.kind != Undefined && m.equal(have, v))
+	return boolValue(have.kind() != Undefined && m.equal(have, v))
 }
 
 func objectGet(m *Machine, obj, path, otherwise Value) Value {
-	if obj.kind != Object {
+	if obj.kind() != Object {
 		return m.failed()
 	}
-	if path.kind != Array {
-		if v := obj.object().get(path, &m.steps); v.kind != Undefined {
+	if path.kind() != Array {
+		if v := obj.object().get(path, &m.steps); v.kind() != Undefined {
 			return v
 		}
 		return otherwise
 	}
 	for _, k := range path.array().elems {
 		m.charge(1)
-		if obj = lookup(obj, k, &m.steps); obj.kind == Undefined {
+		if obj = lookup(obj, k, &m.steps); obj.kind() == Undefined {
 			return otherwise
 		}
 	}
@@ -434,7 +434,7 @@ func objectGet(m *Machine, obj, path, otherwise Value) Value {
 }
 
 func objectKeys(m *Machine, a Value) Value {
-	if a.kind != Object {
+	if a.kind() != Object {
 		return m.failed()
 	}
 	o := a.object()
@@ -472,7 +472,7 @@ func (w *walker) visit(path []Value, v Value) {
 		longer[len(path)] = k
 		w.visit(longer, v)
 	}
-	switch v.kind {
+	switch v.kind() {
 	case Array:
 		for i, e := range v.array().elems {
 			below(intValue(int64(i)), e)

@@ -50,7 +50,7 @@ type function struct {
 	arity  int      // parameters, input and data among them
 	result ir.Local // the local of the value, and
 	ret    int      // its register
-	params []int    // registers of the parameters
+	params []int    // registers of the parameters; -1: nothing reads it
 	nregs  int
 	shared ir.Local // the last local that all definitions share
 	memo   int      // place in the memo; -1: it has arguments
@@ -161,10 +161,10 @@ func (c *compiler) compile(plan *ir.Policy) {
 		c.fn, c.regs = c.funcs[f.Name], map[ir.Local]int{}
 		c.fn.ret = c.see(f.Return)
 		c.fn.result = f.Return
-		for _, p := range f.Params {
-			c.fn.params = append(c.fn.params, c.see(p))
-		}
 		c.fn.body = c.body(f.Blocks)
+		for _, p := range f.Params {
+			c.fn.params = append(c.fn.params, c.reader(p))
+		}
 		c.fn.nregs = len(c.regs)
 	}
 	c.fn, c.regs = &function{shared: ir.Data, calls: map[*function]bool{}}, map[ir.Local]int{}
@@ -263,10 +263,15 @@ func (c *compiler) body(blocks []*ir.Block) []*block {
 			}
 		})
 	}
-	out := make([]*block, len(blocks))
+	out := make([]*block, 0, len(blocks))
 	for i, b := range blocks {
+		if i == len(blocks)-1 && len(b.Stmts) == 1 {
+			if _, ok := b.Stmts[0].(*ir.ReturnLocalStmt); ok {
+				break // it is the end anyway
+			}
+		}
 		c.count(b)
-		out[i] = c.block(b)
+		out = append(out, c.block(b))
 	}
 	return out
 }

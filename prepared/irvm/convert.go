@@ -136,11 +136,11 @@ func (b *builder) table(members []Value) []uint32 {
 
 // keep copies v out of a Machine.
 func (b *builder) keep(v Value) Value {
-	switch v.kind {
+	switch v.kind() {
 	case Decimal:
 		return b.number(string([]byte(v.text())))
 	case String:
-		if v.kept {
+		if v.kept() {
 			return v
 		}
 		return b.str(string([]byte(v.str())))
@@ -208,7 +208,7 @@ func (m *Machine) fromAST(v ast.Value) Value {
 func (v Value) AST() ast.Value { return v.term().Value }
 
 func (v Value) term() *ast.Term {
-	switch v.kind {
+	switch v.kind() {
 	case Null:
 		return ast.InternedNullTerm
 	case Bool:
@@ -218,7 +218,7 @@ func (v Value) term() *ast.Term {
 	case Decimal:
 		return ast.NumberTerm(json.Number([]byte(v.text())))
 	case String:
-		if v.kept {
+		if v.kept() {
 			return ast.InternedTerm(v.str())
 		}
 		return ast.InternedTerm(string([]byte(v.str())))
@@ -252,7 +252,7 @@ func (v Value) term() *ast.Term {
 // ast.JSON and encoding/json make of OPA's value, without HTML escapes.
 func (v Value) AppendJSON(b []byte) []byte {
 	var steps int
-	switch v.kind {
+	switch v.kind() {
 	case Null:
 		return append(b, "null"...)
 	case Bool:
@@ -288,7 +288,7 @@ func (o *object) appendEntry(b []byte, i int, comma bool) []byte {
 	if comma {
 		b = append(b, ',')
 	}
-	if k := o.keys[i]; k.kind == String {
+	if k := o.keys[i]; k.kind() == String {
 		b = appendString(b, k.str())
 	} else {
 		b = appendString(b, string(k.AppendJSON(nil)))

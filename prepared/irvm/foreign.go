@@ -100,6 +100,7 @@ func (m *Machine) apply(f topdown.BuiltinFunc, terms []*ast.Term, relation bool)
 // context is what OPA's functions see of the evaluation.
 func (m *Machine) context() topdown.BuiltinContext {
 	if m.bctx == nil {
+		m.look()
 		m.cancel = topdown.NewCancel()
 		timer := time.AfterFunc(m.limits.Time-time.Since(m.started), m.cancel.Cancel)
 		stopCtx := context.AfterFunc(m.ctx, m.cancel.Cancel)
@@ -121,7 +122,7 @@ func (m *Machine) context() topdown.BuiltinContext {
 
 // weigh takes the steps and the memory that converting v costs, before it is done.
 func (m *Machine) weigh(v Value) {
-	switch v.kind {
+	switch v.kind() {
 	case String:
 		m.charge(1 + int(v.n>>4))
 		m.take(int(v.n) + 64)

@@ -1,6 +1,7 @@
 package irvm
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
@@ -35,27 +36,27 @@ var (
 // accepted here strictjson.CheckObject accepts, and the other way round,
 // numbers that are too long to write aside. Strings without escapes refer to
 // data.
-func (m *Machine) parse(data []byte) (Value, error) {
+func (m *Machine) parse(data []byte) Value {
 	p := parser{m: m, data: data}
-	p.space()
-	if p.pos >= len(data) || data[p.pos] != '{' {
-		return Value{}, errors.New("want a JSON object")
+	if p.peek() != '{' {
+		p.refuse(errors.New("want a JSON object"))
 	}
-	v, err := p.value(0)
-	if err == nil {
-		p.space()
-		if p.pos == len(data) {
-			return v, nil
-		}
-		err = errors.New("data after the value")
+	v := p.value(0)
+	if p.space(); p.pos < len(data) {
+		p.refuse(errors.New("data after the value"))
 	}
-	return Value{}, fmt.Errorf("byte %d: %w", p.pos, err)
+	return v
 }
 
 type parser struct {
 	m    *Machine
 	data []byte
 	pos  int
+}
+
+// refuse ends the parsing.
+func (p *parser) refuse(why error) {
+	p.m.fail(fmt.Errorf("%w: byte %d: %w", ErrInput, p.pos, why))
 }
 
 func (p *parser) space() {
@@ -69,117 +70,130 @@ func (p *parser) space() {
 	}
 }
 
-func (p *parser) value(depth int) (Value, error) {
-	if p.pos >= len(p.data) {
-		return Value{}, errEnds
+// peek is the next byte that is no space, 0 at the end.
+func (p *parser) peek() byte {
+	if p.pos < len(p.data) && p.data[p.pos] > ' ' {
+		return p.data[p.pos]
 	}
-	switch c := p.data[p.pos]; {
-	case c == '"':
-		return p.str()
-	case c == '{':
-		return p.object(depth + 1)
-	case c == '[':
-		return p.array(depth + 1)
-	case c == '-' || c >= '0' && c <= '9':
-		return p.number()
-	case c == 't':
-		return boolValue(true), p.literal("true")
-	case c == 'f':
-		return boolValue(false), p.literal("false")
-	case c == 'n':
-		return nullValue(), p.literal("null")
+	if p.space(); p.pos < len(p.data) {
+		return p.data[p.pos]
 	}
-	return Value{}, errSyntax
+	return 0
 }
 
-func (p *parser) literal(s string) error {
+// want steps over c, which must be next.
+func (p *parser) want(c byte) {
+	if have := p.peek(); have != c {
+		p.unexpected(have)
+	}
+	p.pos++
+}
+
+func (p *parser) unexpected(have byte) {
+	if have == 0 && p.pos >= len(p.data) {
+		p.refuse(errEnds)
+	}
+	p.refuse(errSyntax)
+}
+
+func (p *parser) value(depth int) Value {
+	switch c := p.peek(); c {
+	case '"':
+		return p.str()
+	case '{':
+		return p.object(depth + 1)
+	case '[':
+		return p.array(depth + 1)
+	case 't':
+		p.literal("true")
+		return boolValue(true)
+	case 'f':
+		p.literal("false")
+		return boolValue(false)
+	case 'n':
+		p.literal("null")
+		return nullValue()
+	default:
+		if c != '-' && c-'0' > 9 {
+			p.unexpected(c)
+		}
+		return p.number()
+	}
+}
+
+func (p *parser) literal(s string) {
 	if len(p.data)-p.pos < len(s) || string(p.data[p.pos:p.pos+len(s)]) != s {
-		return errSyntax
+		p.refuse(errSyntax)
 	}
 	p.pos += len(s)
-	return nil
 }
 
-func (p *parser) object(depth int) (Value, error) {
+// open steps over the bracket that begins a collection and reports whether it
+// has members.
+func (p *parser) open(depth int, end byte) bool {
 	if depth > strictjson.MaxDepth {
-		return Value{}, errDepth
+		p.refuse(errDepth)
 	}
+	p.pos++
+	if p.peek() == end {
+		p.pos++
+		return false
+	}
+	return true
+}
+
+// more steps over the byte behind a member and reports whether one more follows.
+func (p *parser) more(end byte) bool {
+	c := p.peek()
+	if c != ',' && c != end {
+		p.unexpected(c)
+	}
+	p.pos++
+	return c == ','
+}
+
+func (p *parser) object(depth int) Value {
 	m := p.m
 	base := len(m.stack)
-	p.pos++
-	p.space()
-	if p.pos < len(p.data) && p.data[p.pos] == '}' {
-		p.pos++
-		return objectValue(m.newObject()), nil
-	}
-	for {
-		p.space()
-		if p.pos >= len(p.data) {
-			return Value{}, errEnds
+	for more := p.open(depth, '}'); more; more = p.more('}') {
+		if c := p.peek(); c != '"' {
+			p.unexpected(c)
 		}
-		if p.data[p.pos] != '"' {
-			return Value{}, errSyntax
-		}
-		key, err := p.str()
-		if err != nil {
-			return Value{}, err
-		}
-		p.space()
-		if p.pos >= len(p.data) {
-			return Value{}, errEnds
-		}
-		if p.data[p.pos] != ':' {
-			return Value{}, errSyntax
-		}
-		p.pos++
-		p.space()
-		v, err := p.value(depth)
-		if err != nil {
-			return Value{}, err
-		}
-		m.stack = append(m.stack, key, v)
-		p.space()
-		if p.pos >= len(p.data) {
-			return Value{}, errEnds
-		}
-		if p.data[p.pos] == ',' {
-			p.pos++
-			continue
-		}
-		if p.data[p.pos] != '}' {
-			return Value{}, errSyntax
-		}
-		p.pos++
-		break
+		key := p.str()
+		p.want(':')
+		m.stack = append(m.stack, key, p.value(depth))
 	}
 	pairs := m.stack[base:]
 	n := len(pairs) / 2
 	room := m.takeValues(2 * n)
 	o := m.newObject()
-	o.keys, o.vals = room[:n:n], room[n:]
-	for i := range n {
-		o.keys[i], o.vals[i] = pairs[2*i], pairs[2*i+1]
+	o.keys, o.vals = room[:n:n], room[n:2*n]
+	keys, vals := o.keys, o.vals
+	for i := range keys {
+		keys[i], vals[i] = pairs[2*i], pairs[2*i+1]
 	}
 	m.stack = m.stack[:base]
 	if n > smallLen {
-		return objectValue(o), m.indexKeys(o)
+		p.indexKeys(o)
+		return objectValue(o)
 	}
 	for i := 1; i < n; i++ {
-		k := &o.keys[i]
+		k := &keys[i]
 		for j := range i {
-			if l := &o.keys[j]; l.n == k.n && l.str() == k.str() {
-				return Value{}, duplicate(*k)
+			if l := &keys[j]; l.n == k.n && l.str() == k.str() {
+				p.duplicate(*k)
 			}
 		}
 	}
-	return objectValue(o), nil
+	return objectValue(o)
 }
 
-func duplicate(key Value) error { return fmt.Errorf("duplicate key %q", key.str()) }
+func (p *parser) duplicate(key Value) { p.refuse(fmt.Errorf("duplicate key %q", key.str())) }
 
 // indexKeys makes the table of a large object of the input, and finds a key
 // that is there twice while it does.
-func (m *Machine) indexKeys(o *object) error {
+func (p *parser) indexKeys(o *object) {
+	m := p.m
 	size := tableLen(len(o.keys))
 	m.take(4 * size)
 	o.tab = m.tables.take(size)
@@ -188,51 +202,23 @@ func (m *Machine) indexKeys(o *object) error {
 		at := hash(k, &m.steps) & mask
 		for ; o.tab[at] != 0; at = (at + 1) & mask {
 			if l := o.keys[o.tab[at]-1]; l.n == k.n && l.str() == k.str() {
-				return duplicate(k)
+				p.duplicate(k)
 			}
 		}
 		o.tab[at] = uint32(i + 1)
 	}
-	return nil
 }
 
-func (p *parser) array(depth int) (Value, error) {
-	if depth > strictjson.MaxDepth {
-		return Value{}, errDepth
-	}
+func (p *parser) array(depth int) Value {
 	m := p.m
 	base := len(m.stack)
-	p.pos++
-	p.space()
-	if p.pos < len(p.data) && p.data[p.pos] == ']' {
-		p.pos++
-		return m.newArray(nil), nil
-	}
-	for {
-		p.space()
-		v, err := p.value(depth)
-		if err != nil {
-			return Value{}, err
-		}
-		m.stack = append(m.stack, v)
-		p.space()
-		if p.pos >= len(p.data) {
-			return Value{}, errEnds
-		}
-		if p.data[p.pos] == ',' {
-			p.pos++
-			continue
-		}
-		if p.data[p.pos] != ']' {
-			return Value{}, errSyntax
-		}
-		p.pos++
-		break
+	for more := p.open(depth, ']'); more; more = p.more(']') {
+		m.stack = append(m.stack, p.value(depth))
 	}
 	elems := m.takeValues(len(m.stack) - base)
 	copy(elems, m.stack[base:])
 	m.stack = m.stack[:base]
-	return m.newArray(elems), nil
+	return m.newArray(elems)
 }
 
 // plain marks the bytes that stand for themselves in a string.
@@ -243,45 +229,56 @@ var plain = func() (t [256]bool) {
 	return t
 }()
 
-func (p *parser) str() (Value, error) {
-	p.pos++
-	start := p.pos
-	for p.pos < len(p.data) {
-		c := p.data[p.pos]
-		if plain[c] {
-			p.pos++
-			continue
+// plainWord reports whether all eight bytes of w are plain.
+func plainWord(w uint64) bool {
+	const ones, highs = 0x0101010101010101, 0x8080808080808080
+	quote, slash := w^(ones*'"'), w^(ones*'\\')
+	// Each term has the high bit of a byte set where it is below 0x20, a quote,
+	// a backslash; or above 0x7f, where the others may be wrong.
+	return (w|((w-ones*0x20)&^w)|((quote-ones)&^quote)|((slash-ones)&^slash))&highs == 0
+}
+
+func (p *parser) str() Value {
+	start := p.pos + 1
+	data, i := p.data, start
+	for {
+		for len(data)-i >= 8 && plainWord(binary.LittleEndian.Uint64(data[i:])) {
+			i += 8
 		}
-		switch {
+		for i < len(data) && plain[data[i]] {
+			i++
+		}
+		p.pos = i
+		if i >= len(data) {
+			p.refuse(errEnds)
+		}
+		switch c := data[i]; {
 		case c == '"':
-			raw := p.data[start:p.pos]
 			p.pos++
-			return stringValue(stringOf(raw)), nil
+			return stringValue(stringOf(data[start:i]))
 		case c == '\\':
 			return p.escaped(start)
 		case c < 0x20:
-			return Value{}, errControl
+			p.refuse(errControl)
 		default:
-			if err := p.rune(); err != nil {
-				return Value{}, err
-			}
+			p.rune()
+			i = p.pos
 		}
 	}
-	return Value{}, errEnds
 }
 
-func (p *parser) rune() error {
+// rune steps over a character of several bytes.
+func (p *parser) rune() {
 	r, n := utf8.DecodeRune(p.data[p.pos:])
 	if r == utf8.RuneError && n <= 1 {
-		return errUTF8
+		p.refuse(errUTF8)
 	}
 	p.pos += n
-	return nil
 }
 
 // escaped reads the rest of a string that began at start and has an escape at
 // p.pos. What it stands for is never longer than how it is written.
-func (p *parser) escaped(start int) (Value, error) {
+func (p *parser) escaped(start int) Value {
 	end := p.pos
 	for end < len(p.data) && p.data[end] != '"' {
 		if p.data[end] == '\\' {
@@ -290,39 +287,34 @@ func (p *parser) escaped(start int) (Value, error) {
 		end++
 	}
 	if end >= len(p.data) {
-		return Value{}, errEnds
+		p.pos = len(p.data)
+		p.refuse(errEnds)
 	}
 	buf := p.m.takeText(end - start)[:0]
 	buf = append(buf, p.data[start:p.pos]...)
 	for p.pos < end {
 		c := p.data[p.pos]
-		var err error
 		switch {
 		case plain[c]:
 			buf = append(buf, c)
 			p.pos++
 		case c == '\\':
-			buf, err = p.escape(buf)
+			buf = p.escape(buf)
 		case c < 0x20:
-			err = errControl
+			p.refuse(errControl)
 		default:
 			at := p.pos
-			err = p.rune()
+			p.rune()
 			buf = append(buf, p.data[at:p.pos]...)
-		}
-		if err != nil {
-			return Value{}, err
 		}
 	}
 	p.pos++
-	return stringValue(stringOf(buf)), nil
+	return stringValue(stringOf(buf))
 }
 
-// escape reads one escape at p.pos and appends what it stands for to buf.
-func (p *parser) escape(buf []byte) ([]byte, error) {
-	if p.pos+1 >= len(p.data) {
-		return nil, errEnds
-	}
+// escape reads one escape at p.pos and appends what it stands for to buf. The
+// string ends behind it, so that there is a byte to read.
+func (p *parser) escape(buf []byte) []byte {
 	c := p.data[p.pos+1]
 	switch c {
 	case '"', '\\', '/':
@@ -337,37 +329,29 @@ func (p *parser) escape(buf []byte) ([]byte, error) {
 	case 't':
 		c = '\t'
 	case 'u':
-		r, err := p.hex4(p.pos + 2)
-		if err != nil {
-			return nil, err
-		}
+		r := p.hex4(p.pos + 2)
 		p.pos += 6
 		if utf16.IsSurrogate(r) {
 			if p.pos+1 >= len(p.data) || p.data[p.pos] != '\\' || p.data[p.pos+1] != 'u' {
-				return nil, errSurrogate
+				p.refuse(errSurrogate)
 			}
-			low, err := p.hex4(p.pos + 2)
-			if err != nil {
-				return nil, err
-			}
-			if r = utf16.DecodeRune(r, low); r == utf8.RuneError {
-				return nil, errSurrogate
+			if r = utf16.DecodeRune(r, p.hex4(p.pos+2)); r == utf8.RuneError {
+				p.refuse(errSurrogate)
 			}
 			p.pos += 6
 		}
-		return utf8.AppendRune(buf, r), nil
+		return utf8.AppendRune(buf, r)
 	default:
-		return nil, errSyntax
+		p.refuse(errSyntax)
 	}
 	p.pos += 2
-	return append(buf, c), nil
+	return append(buf, c)
 }
 
-func (p *parser) hex4(at int) (rune, error) {
+func (p *parser) hex4(at int) (r rune) {
 	if at+4 > len(p.data) {
-		return 0, errEnds
+		p.refuse(errEnds)
 	}
-	var r rune
 	for _, c := range p.data[at : at+4] {
 		switch {
 		case c >= '0' && c <= '9':
@@ -377,53 +361,55 @@ func (p *parser) hex4(at int) (rune, error) {
 		case c >= 'A' && c <= 'F':
 			c -= 'A' - 10
 		default:
-			return 0, errSyntax
+			p.refuse(errSyntax)
 		}
 		r = r<<4 | rune(c)
 	}
-	return r, nil
+	return r
 }
 
-func (p *parser) digits() bool {
-	at := p.pos
-	for p.pos < len(p.data) && p.data[p.pos]-'0' <= 9 {
-		p.pos++
+// digits steps over digits, of which there must be one.
+func (p *parser) digits() {
+	i := p.pos
+	for i < len(p.data) && p.data[i]-'0' <= 9 {
+		i++
 	}
-	return p.pos > at
+	if i == p.pos {
+		p.refuse(errSyntax)
+	}
+	p.pos = i
 }
 
-func (p *parser) number() (Value, error) {
+func (p *parser) at(c byte) bool { return p.pos < len(p.data) && p.data[p.pos] == c }
+
+func (p *parser) number() Value {
 	start := p.pos
-	if p.data[p.pos] == '-' {
+	if p.at('-') {
 		p.pos++
 	}
-	if p.pos < len(p.data) && p.data[p.pos] == '0' {
+	if p.at('0') {
 		p.pos++
-	} else if !p.digits() {
-		return Value{}, errSyntax
+	} else {
+		p.digits()
 	}
-	if p.pos < len(p.data) && p.data[p.pos] == '.' {
+	if p.at('.') {
 		p.pos++
-		if !p.digits() {
-			return Value{}, errSyntax
-		}
+		p.digits()
 	}
-	if p.pos < len(p.data) && p.data[p.pos]|0x20 == 'e' {
+	if p.at('e') || p.at('E') {
 		p.pos++
-		if p.pos < len(p.data) && (p.data[p.pos] == '+' || p.data[p.pos] == '-') {
+		if p.at('+') || p.at('-') {
 			p.pos++
 		}
 		at := p.pos
-		if !p.digits() {
-			return Value{}, errSyntax
-		}
+		p.digits()
 		if exp, err := strconv.Atoi(string(p.data[at:p.pos])); err != nil || exp > maxExponent {
-			return Value{}, errNumber
+			p.refuse(errNumber)
 		}
 	}
 	raw := p.data[start:p.pos]
 	if len(raw) > maxNumberBytes {
-		return Value{}, errNumber
+		p.refuse(errNumber)
 	}
-	return numberValue(stringOf(raw)), nil
+	return numberValue(stringOf(raw))
 }

@@ -84,7 +84,7 @@ type Machine struct {
 	next    int     // steps at which to look at clock and limits
 	mem     int64   // bytes left
 	limits  Limits
-	started time.Time
+	started time.Time // when the clock was looked at first
 	ctx     context.Context
 	cancel  topdown.Cancel          // for OPA's builtins
 	bctx    *topdown.BuiltinContext // made when the first of OPA's builtins is called
@@ -132,6 +132,9 @@ func (m *Machine) charge(n int) {
 func (m *Machine) look() {
 	if int64(m.steps) > m.limits.Steps {
 		m.fail(fmt.Errorf("%w: over %d steps", ErrBudget, m.limits.Steps))
+	}
+	if m.started.IsZero() { // looking at the clock takes longer than a short evaluation
+		m.started = time.Now()
 	}
 	if time.Since(m.started) > m.limits.Time {
 		m.fail(fmt.Errorf("%w: over %s", ErrBudget, m.limits.Time))
@@ -262,7 +265,7 @@ func (m *Machine) index(tab []uint32, members []Value) []uint32 {
 
 // sort puts the entries in order of their keys, as OPA visits them.
 func (m *Machine) sort(v Value) {
-	switch v.kind {
+	switch v.kind() {
 	case Set:
 		s := v.set()
 		if s.sorted {
@@ -340,5 +343,5 @@ func (m *Machine) reset() {
 	m.tables.reset(keepBytes / 4)
 	m.text.reset(keepBytes)
 	m.ctx, m.bctx, m.cancel = nil, nil, nil
-	m.high, m.sp, m.depth = 0, 0, 0
+	m.high, m.sp, m.depth, m.started = 0, 0, 0, time.Time{}
 }

@@ -39,10 +39,10 @@ func nearest(s string) float64 {
 // smallInt is the integer of 64 bits that a number is where OPA asks for an
 // integer: 1.0 is one, 1e0 is none.
 func smallInt(v Value) (int64, bool) {
-	if v.kind == Int {
+	if v.kind() == Int {
 		return v.int(), true
 	}
-	if v.kind != Decimal {
+	if v.kind() != Decimal {
 		return 0, false
 	}
 	return ast.Number(v.text()).Int64()
@@ -50,7 +50,7 @@ func smallInt(v Value) (int64, bool) {
 
 // astNumber is OPA's number for v, with the same text.
 func astNumber(v Value) ast.Number {
-	if v.kind == Int {
+	if v.kind() == Int {
 		return ast.Number(strconv.FormatInt(v.int(), 10))
 	}
 	return ast.Number(v.text())

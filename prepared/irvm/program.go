@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 )
@@ -26,7 +25,6 @@ func (p *Program) newMachine() *Machine {
 func (p *Program) Machine(ctx context.Context) *Machine {
 	m := p.machines.Get().(*Machine)
 	m.ctx, m.limits = ctx, p.limits
-	m.started = time.Now()
 	m.steps, m.next, m.mem = 0, slice, p.limits.Memory
 	return m
 }
@@ -49,11 +47,7 @@ func (m *Machine) Release() {
 // wraps ErrInput or ErrBudget.
 func (m *Machine) Parse(data []byte) (v Value, err error) {
 	defer m.recover(&v, &err)
-	v, err = m.parse(data)
-	if err != nil {
-		return Value{}, fmt.Errorf("%w: %w", ErrInput, err)
-	}
-	return v, nil
+	return m.parse(data), nil
 }
 
 // Eval evaluates the plan over input, undefined if the zero Value. now is what
@@ -90,7 +84,9 @@ func (m *Machine) run(input Value, now int64) ([]Value, error) {
 			break
 		}
 	}
-	m.look()
+	if int64(m.steps) > m.limits.Steps {
+		m.look()
+	}
 	return m.result, nil
 }
 
@@ -113,7 +109,7 @@ func (m *Machine) FromAST(from ast.Value) (v Value, err error) {
 }
 
 // Kind of v.
-func (v Value) Kind() Kind { return v.kind }
+func (v Value) Kind() Kind { return v.kind() }
 
 // IsNumber reports whether v is an Int or a Decimal.
 func (v Value) IsNumber() bool { return v.isNumber() }
@@ -123,7 +119,7 @@ func (v Value) Bool() bool { return v.n == 1 }
 
 // Text is the text of a String or a number. It lives as long as v.
 func (v Value) Text() string {
-	switch v.kind {
+	switch v.kind() {
 	case String:
 		return v.str()
 	case Decimal:
@@ -136,7 +132,7 @@ func (v Value) Text() string {
 
 // Int64 is the value of a number that is written as an integer.
 func (v Value) Int64() (int64, bool) {
-	if v.kind == Int {
+	if v.kind() == Int {
 		return v.int(), true
 	}
 	return 0, false
@@ -144,7 +140,7 @@ func (v Value) Int64() (int64, bool) {
 
 // Get is the member of an object under a key, the zero Value if there is none.
 func (v Value) Get(key string) Value {
-	if v.kind != Object {
+	if v.kind() != Object {
 		return Value{}
 	}
 	var steps int
@@ -179,7 +175,7 @@ const (
 // some so that a text that comes again and again is copied once.
 func (m *Machine) KeepString(v Value) string {
 	s := v.str()
-	if v.kept || s == "" {
+	if v.kept() || s == "" {
 		return s
 	}
 	if known, ok := m.strings[s]; ok {

@@ -23,7 +23,7 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 	case *ir.AssignVarStmt:
 		return c.assign(s)
 	case *ir.AssignVarOnceStmt:
-		return c.assignOnce(c.operand(s.Source), c.see(s.Target))
+		return assignOnce(c.operand(s.Source), c.see(s.Target))
 	case *ir.AssignIntStmt:
 		return c.constant(s.Target, intValue(s.Value))
 	case *ir.MakeNullStmt:
@@ -117,10 +117,20 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 			return nil
 		}
 		v := o.reg
-		return func(_ *Machine, r []Value) int { return leaveUnless(r[v].kind != Undefined) }
+		if a, ok := follows(rest).(*ir.AssignVarOnceStmt); ok && a.Source.Value == ir.Val(s.Source) {
+			c.skip = 1
+			put := assignOnce(o, c.see(a.Target))
+			return func(m *Machine, r []Value) int {
+				if r[v].k == 0 {
+					return undefined
+				}
+				return put(m, r)
+			}
+		}
+		return func(_ *Machine, r []Value) int { return leaveUnless(r[v].k != 0) }
 	case *ir.IsUndefinedStmt:
 		v := c.local(s.Source)
-		return func(_ *Machine, r []Value) int { return leaveUnless(v.get(r).kind == Undefined) }
+		return func(_ *Machine, r []Value) int { return leaveUnless(v.get(r).kind() == Undefined) }
 	case *ir.ReturnLocalStmt:
 		if s.Source != c.fn.result {
 			refuse("return of a local that is not the result")
@@ -146,6 +156,14 @@ func (c *compiler) stmt(s ir.Stmt, rest []ir.Stmt) op {
 	return nil
 }
 
+// follows is the first of the statements behind one, nil if there is none.
+func follows(rest []ir.Stmt) ir.Stmt {
+	if len(rest) == 0 {
+		return nil
+	}
+	return rest[0]
+}
+
 // constant assigns v.
 func (c *compiler) constant(to ir.Local, v Value) op {
 	if c.learn(to, constOperand(v)) {
@@ -168,10 +186,20 @@ func (c *compiler) assign(s *ir.AssignVarStmt) op {
 	return func(_ *Machine, r []Value) int { r[t] = r[f]; return next }
 }
 
-func (c *compiler) assignOnce(from operand, t int) op {
+func assignOnce(from operand, t int) op {
+	if from.isConst() && from.value.kind() == Bool {
+		v := from.value
+		return func(m *Machine, r []Value) int {
+			if have := &r[t]; have.k != 0 && (have.k != v.k || have.n != v.n) {
+				m.redo("a rule has two values")
+			}
+			r[t] = v
+			return next
+		}
+	}
 	return func(m *Machine, r []Value) int {
 		v := from.get(r)
-		if r[t].kind != Undefined && !equal(r[t], v, &m.steps) {
+		if r[t].kind() != Undefined && !equal(r[t], v, &m.steps) {
 			m.redo("a rule has two values")
 		}
 		r[t] = v
@@ -211,14 +239,14 @@ func (c *compiler) dot(s *ir.DotStmt, rest []ir.Stmt) op {
 	src, key := c.operand(s.Source), c.operand(s.Key)
 	if src.isConst() && key.isConst() {
 		v := lookup(src.value, key.value, &c.build.steps)
-		if v.kind == Undefined {
+		if v.kind() == Undefined {
 			return func(m *Machine, _ []Value) int { return m.missing(src.value, key.value) }
 		}
 		return c.constant(s.Target, v)
 	}
 	names, target := c.path(s, rest)
 	switch {
-	case src.isConst() && src.value.kind == Object:
+	case src.isConst() && src.value.kind() == Object:
 		o, k, t := src.value.object(), key.reg, c.see(s.Target)
 		return func(m *Machine, r []Value) int {
 			at := o.find(r[k], &m.steps)
@@ -255,7 +283,7 @@ func (c *compiler) dot(s *ir.DotStmt, rest []ir.Stmt) op {
 	return func(m *Machine, r []Value) int {
 		from, k := src.get(r), key.get(r)
 		v := lookup(from, k, &m.steps)
-		if v.kind == Undefined {
+		if v.kind() == Undefined {
 			return m.missing(from, k)
 		}
 		r[t] = v
@@ -267,7 +295,7 @@ func (c *compiler) dot(s *ir.DotStmt, rest []ir.Stmt) op {
 // nothing else reads what lies between, and where the last one's result goes.
 func (c *compiler) path(s *ir.DotStmt, rest []ir.Stmt) (names []Value, target ir.Local) {
 	key := c.operand(s.Key)
-	if !key.isConst() || key.value.kind != String {
+	if !key.isConst() || key.value.kind() != String {
 		return nil, 0
 	}
 	names, target = []Value{key.value}, s.Target
@@ -281,7 +309,7 @@ func (c *compiler) path(s *ir.DotStmt, rest []ir.Stmt) (names []Value, target ir
 		if !ok || d.Source.Value != ir.Val(target) || !c.between(target) {
 			break
 		}
-		if key = c.operand(d.Key); !key.isConst() || key.value.kind != String {
+		if key = c.operand(d.Key); !key.isConst() || key.value.kind() != String {
 			break
 		}
 		names, target = append(names, key.value), d.Target
@@ -297,8 +325,8 @@ func (c *compiler) between(l ir.Local) bool {
 
 // field is a lookup of a text.
 func (m *Machine) field(v, name *Value) (*Value, bool) {
-	if v.kind != Object {
-		if v.kind == Set && v.set().find(*name, &m.steps) >= 0 {
+	if v.kind() != Object {
+		if v.kind() == Set && v.set().find(*name, &m.steps) >= 0 {
 			return name, true
 		}
 		m.missing(*v, *name)
@@ -314,7 +342,7 @@ func (m *Machine) field(v, name *Value) (*Value, bool) {
 	}
 	s := name.str()
 	for i := range o.keys {
-		if k := &o.keys[i]; k.n == name.n && k.kind == String && k.str() == s {
+		if k := &o.keys[i]; k.n == name.n && k.kind() == String && k.str() == s {
 			return &o.vals[i], true
 		}
 	}
@@ -336,16 +364,16 @@ func equality(a, b operand, want bool) op {
 	}
 	if b.isConst() && !a.isConst() {
 		x, v := a.reg, b.value
-		switch v.kind {
+		switch v.kind() {
 		case Bool, Null:
 			return func(_ *Machine, r []Value) int {
-				return leaveUnless((r[x].kind == v.kind && r[x].n == v.n) == want)
+				return leaveUnless((r[x].kind() == v.kind() && r[x].n == v.n) == want)
 			}
 		case String:
 			s := v.str()
 			return func(_ *Machine, r []Value) int {
 				h := &r[x]
-				return leaveUnless((h.kind == String && h.n == v.n && h.str() == s) == want)
+				return leaveUnless((h.kind() == String && h.n == v.n && h.str() == s) == want)
 			}
 		}
 	}
@@ -355,7 +383,7 @@ func equality(a, b operand, want bool) op {
 }
 
 func isKind(v operand, k Kind) op {
-	return func(_ *Machine, r []Value) int { return leaveUnless(v.get(r).kind == k) }
+	return func(_ *Machine, r []Value) int { return leaveUnless(v.get(r).kind() == k) }
 }
 
 func (c *compiler) nested(s *ir.BlockStmt) op {
@@ -441,34 +469,56 @@ func condition(b *ir.Block) (ir.Local, bool) {
 }
 
 func (c *compiler) scan(s *ir.ScanStmt) op {
-	src, k, v := c.local(s.Source), c.see(s.Key), c.see(s.Value)
+	src := c.local(s.Source)
 	if crosses(s.Block, 0) {
 		refuse("a break out of a loop")
 	}
 	b := c.block(s.Block)
+	// What no op of the loop reads has no register.
+	k, v := c.reader(s.Key), c.reader(s.Value)
+	anyOrder := c.anyOrder(s.Block)
 	return func(m *Machine, r []Value) int {
 		from := src.get(r)
-		switch from.kind {
+		switch from.kind() {
 		case Array:
 			for i, e := range from.array().elems {
-				r[k], r[v] = intValue(int64(i)), e
+				if k >= 0 {
+					r[k] = intValue(int64(i))
+				}
+				if v >= 0 {
+					r[v] = e
+				}
 				if n := b.run(m, r); n > undefined {
 					return n
 				}
 			}
 		case Set:
-			m.sort(from)
+			if !anyOrder {
+				m.sort(from)
+			}
 			for _, e := range from.set().elems {
-				r[k], r[v] = e, e
+				if k >= 0 {
+					r[k] = e
+				}
+				if v >= 0 {
+					r[v] = e
+				}
 				if n := b.run(m, r); n > undefined {
 					return n
 				}
 			}
 		case Object:
-			m.sort(from)
+			if !anyOrder {
+				m.sort(from)
+			}
 			o := from.object()
 			for i := range o.keys {
-				r[k], r[v] = o.keys[i], o.vals[i]
+				if k >= 0 {
+					r[k] = o.keys[i]
+				}
+				if v >= 0 {
+					r[v] = o.vals[i]
+				}
 				if n := b.run(m, r); n > undefined {
 					return n
 				}
@@ -476,6 +526,50 @@ func (c *compiler) scan(s *ir.ScanStmt) op {
 		}
 		return next
 	}
+}
+
+// reader is the register of l if an op uses it, else -1.
+func (c *compiler) reader(l ir.Local) int {
+	if reg, ok := c.regs[l]; ok {
+		return reg
+	}
+	return -1
+}
+
+// anyOrder reports whether the rounds of a loop over b come to the same in
+// whatever order they are: what is left of them are constants.
+func (c *compiler) anyOrder(b *ir.Block) bool {
+	own := map[ir.Local]bool{}
+	ok := true
+	walk(b, func(s ir.Stmt) {
+		switch s := s.(type) {
+		case *ir.MakeArrayStmt:
+			own[s.Target] = true
+		case *ir.MakeObjectStmt:
+			own[s.Target] = true
+		case *ir.MakeSetStmt:
+			own[s.Target] = true
+		case *ir.ResultSetAddStmt:
+			ok = false
+		case *ir.SetAddStmt:
+			if l, local := s.Value.Value.(ir.Local); local && !c.isConst(l) {
+				ok = ok && own[s.Set]
+			}
+			return
+		case *ir.AssignVarOnceStmt:
+			_, local := s.Source.Value.(ir.Local)
+			ok = ok && !local
+			return
+		}
+		a := accessOf(s)
+		ok = ok && (a.changed < 0 || own[a.changed])
+		for _, l := range a.writes {
+			if !own[l] && c.uses[l].outside {
+				ok = false
+			}
+		}
+	})
+	return ok
 }
 
 // crosses reports whether a break in b leaves more than b and the blocks in it.
@@ -534,7 +628,7 @@ func (m *Machine) upsert(v Value, path []Value, val Value) Value {
 	}
 	o := m.newObject()
 	var below Value
-	if v.kind == Object {
+	if v.kind() == Object {
 		from := v.object()
 		m.charge(len(from.keys))
 		o.keys = append(m.takeValues(len(from.keys) + 1)[:0], from.keys...)
@@ -548,7 +642,7 @@ func (m *Machine) upsert(v Value, path []Value, val Value) Value {
 
 // merge joins base and virtual documents.
 func (m *Machine) merge(a, b Value) Value {
-	if a.kind != Object || b.kind != Object {
+	if a.kind() != Object || b.kind() != Object {
 		m.redo("documents at one path")
 	}
 	x, y := a.object(), b.object()
@@ -644,7 +738,7 @@ func (c *compiler) result(l ir.Local, rest []ir.Stmt) result {
 
 // put stores v and says how to go on.
 func (to *result) put(r []Value, v Value) int {
-	if v.kind == Undefined || to.test && v.kind == Bool && v.n == 0 {
+	if v.kind() == Undefined || to.test && v.kind() == Bool && v.n == 0 {
 		return undefined
 	}
 	if to.reg >= 0 {
@@ -660,8 +754,10 @@ func (m *Machine) invoke(fn *function, args []operand, r []Value) Value {
 	m.high = max(m.high, m.sp)
 	own := m.regs[base:m.sp:m.sp]
 	clear(own)
-	for i := range args {
-		own[fn.params[i]] = args[i].get(r)
+	for i, to := range fn.params {
+		if to >= 0 {
+			own[to] = args[i].get(r)
+		}
 	}
 	for _, b := range fn.body {
 		if b.run(m, own) == stop {
@@ -698,7 +794,7 @@ func (c *compiler) callDynamic(s *ir.CallDynamicStmt) op {
 		at := root
 		for i := range path {
 			k := path[i].get(r)
-			if k.kind != String {
+			if k.kind() != String {
 				return undefined
 			}
 			if at = at.next[k.str()]; at == nil {
@@ -713,7 +809,7 @@ func (c *compiler) callDynamic(s *ir.CallDynamicStmt) op {
 		if gen := m.memo.gen; e.gen != gen {
 			*e = memoEntry{gen, m.invoke(fn, args, r)}
 		}
-		if e.value.kind == Undefined {
+		if e.value.kind() == Undefined {
 			return 4
 		}
 		r[res] = e.value

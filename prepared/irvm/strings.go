@@ -40,7 +40,7 @@ var nativeStrings = map[string]any{
 // texts2 is a builtin of two strings.
 func texts2(f func(m *Machine, a, b string) Value) func2 {
 	return func(m *Machine, a, b Value) Value {
-		if a.kind != String || b.kind != String {
+		if a.kind() != String || b.kind() != String {
 			return m.failed()
 		}
 		m.charge(int((a.n + b.n) >> 6))
@@ -49,7 +49,7 @@ func texts2(f func(m *Machine, a, b string) Value) func2 {
 }
 
 func trimSpace(m *Machine, a Value) Value {
-	if a.kind != String {
+	if a.kind() != String {
 		return m.failed()
 	}
 	m.charge(int(a.n >> 6))
@@ -70,7 +70,7 @@ func upper(m *Machine, a Value) Value {
 // mapped changes the case of the ASCII letters from lo to hi, and leaves texts
 // with others to f.
 func (m *Machine) mapped(a Value, lo, hi byte, f func(string) string) Value {
-	if a.kind != String {
+	if a.kind() != String {
 		return m.failed()
 	}
 	s := a.str()
@@ -122,16 +122,16 @@ func split(m *Machine, s, sep string) Value {
 }
 
 func concat(m *Machine, sep, list Value) Value {
-	if list.kind == Set {
+	if list.kind() == Set {
 		m.sort(list)
 	}
 	elems, ok := members(list)
-	if sep.kind != String || !ok {
+	if sep.kind() != String || !ok {
 		return m.failed()
 	}
 	n := 0
 	for _, e := range elems {
-		if e.kind != String {
+		if e.kind() != String {
 			return m.failed()
 		}
 		n += int(e.n + sep.n)
@@ -148,7 +148,7 @@ func concat(m *Machine, sep, list Value) Value {
 }
 
 func replace(m *Machine, s, old, by Value) Value {
-	if s.kind != String || old.kind != String || by.kind != String {
+	if s.kind() != String || old.kind() != String || by.kind() != String {
 		return m.failed()
 	}
 	m.charge(int(s.n >> 5))
@@ -174,7 +174,7 @@ func isASCII(s string) bool {
 func substring(m *Machine, text, from, length Value) Value {
 	start, ok1 := smallInt(from)
 	n, ok2 := smallInt(length)
-	if text.kind != String || !ok1 || !ok2 || start < 0 {
+	if text.kind() != String || !ok1 || !ok2 || start < 0 {
 		return m.failed()
 	}
 	s := text.str()
@@ -200,7 +200,7 @@ func indexOf(m *Machine, s, search string) Value {
 }
 
 func formatInt(m *Machine, n, base Value) Value {
-	if n.kind == Int && base.kind == Int && base.int() == 10 {
+	if n.kind() == Int && base.kind() == Int && base.int() == 10 {
 		return made(strconv.AppendInt(m.takeText(20)[:0], n.int(), 10))
 	}
 	return m.callForeign("format_int", n, base)
@@ -209,7 +209,7 @@ func formatInt(m *Machine, n, base Value) Value {
 // sprintf knows %s and %v of strings and %d and %v of integers, and no flags.
 // The rest it leaves to OPA.
 func sprintf(m *Machine, format, list Value) Value {
-	if format.kind != String || list.kind != Array {
+	if format.kind() != String || list.kind() != Array {
 		return m.failed()
 	}
 	f, args := format.str(), list.array().elems
@@ -229,9 +229,9 @@ func sprintf(m *Machine, format, list Value) Value {
 		a := args[used]
 		used++
 		switch {
-		case a.kind == String && (f[i] == 's' || f[i] == 'v'):
+		case a.kind() == String && (f[i] == 's' || f[i] == 'v'):
 			n += int(a.n)
-		case a.kind == Int && (f[i] == 'd' || f[i] == 'v'):
+		case a.kind() == Int && (f[i] == 'd' || f[i] == 'v'):
 			n += 20
 		default:
 			return m.callForeign("sprintf", format, list)
@@ -252,7 +252,7 @@ func sprintf(m *Machine, format, list Value) Value {
 			b = append(b, '%')
 			continue
 		}
-		if a := args[used]; a.kind == String {
+		if a := args[used]; a.kind() == String {
 			b = append(b, a.str()...)
 		} else {
 			b = strconv.AppendInt(b, a.int(), 10)
@@ -270,7 +270,7 @@ func anyAffix(name string, has func(s, affix string) bool) func2 {
 		lists := [2][]Value{}
 		for i, v := range [2]Value{texts, affixes} {
 			list, ok := members(v)
-			if v.kind == String {
+			if v.kind() == String {
 				one[i][0] = v
 				list, ok = one[i][:], true
 			}
@@ -278,7 +278,7 @@ func anyAffix(name string, has func(s, affix string) bool) func2 {
 				return m.failed()
 			}
 			for _, e := range list {
-				if e.kind != String {
+				if e.kind() != String {
 					return m.failed()
 				}
 			}

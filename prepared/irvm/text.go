@@ -13,7 +13,7 @@ import (
 // regexMatch compiles a constant pattern once, and looks for a text that every
 // match contains before it runs the expression: most values contain none.
 func regexMatch(_ *compiler, args []operand, to result) op {
-	if !args[0].isConst() || args[0].value.kind != String {
+	if !args[0].isConst() || args[0].value.kind() != String {
 		return nil
 	}
 	pattern := args[0].value.str()
@@ -28,7 +28,7 @@ func regexMatch(_ *compiler, args []operand, to result) op {
 	text := args[1]
 	return func(m *Machine, r []Value) int {
 		v := text.get(r)
-		if v.kind != String {
+		if v.kind() != String {
 			return to.put(r, m.failed())
 		}
 		s := v.str()
@@ -105,7 +105,7 @@ func shortest(texts []string) int {
 // cidrContains parses a constant network once. An address is looked up in it
 // here; another network as second operand is OPA's.
 func cidrContains(c *compiler, args []operand, to result) op {
-	if !args[0].isConst() || args[0].value.kind != String {
+	if !args[0].isConst() || args[0].value.kind() != String {
 		return nil
 	}
 	_, network, err := net.ParseCIDR(args[0].value.str())
@@ -116,7 +116,7 @@ func cidrContains(c *compiler, args []operand, to result) op {
 	text := args[1]
 	return func(m *Machine, r []Value) int {
 		v := text.get(r)
-		if v.kind == String {
+		if v.kind() == String {
 			if a, err := netip.ParseAddr(v.str()); err == nil && a.Zone() == "" {
 				b := a.As16()
 				return to.put(r, boolValue(network.Contains(b[:])))

@@ -46,23 +46,30 @@ func (k Kind) rank() int {
 // the arena of the Machine that made it, in the input, or in the Program, and
 // lives no longer. The zero Value is undefined.
 //
-//	kind      p                 n                   size
+//	kind      p                 n
 //	Bool                        0 or 1
 //	Int                         the integer
-//	Decimal   its text          nearest float64     length of the text
+//	Decimal   its text          nearest float64
 //	String    its bytes         length
 //	Array     *array
 //	Object    *object
 //	Set       *set
 //
-// p always is a pointer that the garbage collector knows, or nil.
+// p always is a pointer that the garbage collector knows, or nil. k holds the
+// kind in its lowest byte, then flags, and the length of a Decimal's text in its
+// upper half.
 type Value struct {
-	p    unsafe.Pointer
-	n    uint64
-	size uint32
-	kind Kind
-	kept bool // String: its bytes belong to the Program, they outlive the evaluation
+	p unsafe.Pointer
+	n uint64
+	k uint64
 }
+
+// flagKept marks a String whose bytes belong to the Program: they outlive the
+// evaluation.
+const flagKept = 1 << 8
+
+func (v Value) kind() Kind { return Kind(v.k) }
+func (v Value) kept() bool { return v.k&flagKept != 0 }
 
 type array struct {
 	elems []Value
@@ -87,35 +94,35 @@ type object struct {
 // smallLen is up to how many members are searched one by one.
 const smallLen = 8
 
-func nullValue() Value { return Value{kind: Null} }
+func nullValue() Value { return Value{k: uint64(Null)} }
 
 func boolValue(b bool) Value {
 	if b {
-		return Value{kind: Bool, n: 1}
+		return Value{k: uint64(Bool), n: 1}
 	}
-	return Value{kind: Bool}
+	return Value{k: uint64(Bool)}
 }
 
-func intValue(i int64) Value { return Value{kind: Int, n: uint64(i)} }
+func intValue(i int64) Value { return Value{k: uint64(Int), n: uint64(i)} }
 
 // stringValue refers to the bytes of s.
 func stringValue(s string) Value {
-	return Value{kind: String, p: unsafe.Pointer(unsafe.StringData(s)), n: uint64(len(s))}
+	return Value{k: uint64(String), p: unsafe.Pointer(unsafe.StringData(s)), n: uint64(len(s))}
 }
 
 // keptString is stringValue of a string that the Program owns.
 func keptString(s string) Value {
 	v := stringValue(s)
-	v.kept = true
+	v.k |= flagKept
 	return v
 }
 
 // stringOf is b as a string, without a copy: b must not be changed while it is in use.
 func stringOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
-func arrayValue(a *array) Value   { return Value{kind: Array, p: unsafe.Pointer(a)} }
-func objectValue(o *object) Value { return Value{kind: Object, p: unsafe.Pointer(o)} }
-func setValue(s *set) Value       { return Value{kind: Set, p: unsafe.Pointer(s)} }
+func arrayValue(a *array) Value   { return Value{k: uint64(Array), p: unsafe.Pointer(a)} }
+func objectValue(o *object) Value { return Value{k: uint64(Object), p: unsafe.Pointer(o)} }
+func setValue(s *set) Value       { return Value{k: uint64(Set), p: unsafe.Pointer(s)} }
 
 // decimalValue is the number that s writes; s is a number in JSON's grammar, or
 // what OPA's arithmetic printed. Integers that fit become an Int when they are
@@ -124,7 +131,7 @@ func numberValue(s string) Value {
 	if i, ok := canonicalInt(s); ok {
 		return intValue(i)
 	}
-	return Value{kind: Decimal, p: unsafe.Pointer(unsafe.StringData(s)), n: math.Float64bits(nearest(s)), size: uint32(len(s))}
+	return Value{k: uint64(Decimal) | uint64(len(s))<<32, p: unsafe.Pointer(unsafe.StringData(s)), n: math.Float64bits(nearest(s))}
 }
 
 func (v Value) array() *array   { return (*array)(v.p) }
@@ -136,26 +143,26 @@ func (v Value) int() int64      { return int64(v.n) }
 func (v Value) str() string { return unsafe.String((*byte)(v.p), int(v.n)) }
 
 // text is the text of a Decimal.
-func (v Value) text() string { return unsafe.String((*byte)(v.p), int(v.size)) }
+func (v Value) text() string { return unsafe.String((*byte)(v.p), int(v.k>>32)) }
 
 // float is the float64 nearest to a number; infinite for one that has none.
 func (v Value) float() float64 {
-	if v.kind == Int {
+	if v.kind() == Int {
 		return float64(int64(v.n))
 	}
 	return math.Float64frombits(v.n)
 }
 
-func (v Value) isNumber() bool { return v.kind == Int || v.kind == Decimal }
-func (v Value) isTrue() bool   { return v.kind == Bool && v.n == 1 }
-func (v Value) isFalse() bool  { return v.kind == Bool && v.n == 0 }
+func (v Value) isNumber() bool { return v.kind() == Int || v.kind() == Decimal }
+func (v Value) isTrue() bool   { return v.kind() == Bool && v.n == 1 }
+func (v Value) isFalse() bool  { return v.kind() == Bool && v.n == 0 }
 
 // equal is Rego's equality. cost counts the values compared.
 func equal(a, b Value, cost *int) bool {
-	if a.kind != b.kind {
+	if a.kind() != b.kind() {
 		return a.isNumber() && b.isNumber() && compareNumbers(a, b) == 0
 	}
-	switch a.kind {
+	switch a.kind() {
 	case Bool, Int:
 		return a.n == b.n
 	case Decimal:
@@ -215,10 +222,10 @@ func equal(a, b Value, cost *int) bool {
 
 // compare is OPA's total order.
 func compare(a, b Value, cost *int) int {
-	if c := cmp.Compare(a.kind.rank(), b.kind.rank()); c != 0 {
+	if c := cmp.Compare(a.kind().rank(), b.kind().rank()); c != 0 {
 		return c
 	}
-	switch a.kind {
+	switch a.kind() {
 	case Bool:
 		return cmp.Compare(a.n, b.n)
 	case Int, Decimal:
@@ -260,7 +267,7 @@ func compareSlices(x, y []Value, cost *int) int {
 // float64 keeps the order of what it does not make equal, so only numbers with
 // the same float64 are looked at closer, and there OPA's own comparison decides.
 func compareNumbers(a, b Value) int {
-	if a.kind == Int && b.kind == Int {
+	if a.kind() == Int && b.kind() == Int {
 		return cmp.Compare(int64(a.n), int64(b.n))
 	}
 	if x, y := a.float(), b.float(); x != y {
@@ -297,7 +304,7 @@ var seed = maphash.MakeSeed()
 
 // hash is equal for equal values.
 func hash(v Value, cost *int) uint64 {
-	switch v.kind {
+	switch v.kind() {
 	case String:
 		*cost += int(v.n >> 6)
 		return maphash.String(seed, v.str())
@@ -333,7 +340,7 @@ func hash(v Value, cost *int) uint64 {
 		}
 		return h
 	}
-	return mix(uint64(v.kind))
+	return mix(uint64(v.kind()))
 }
 
 func mix(x uint64) uint64 {
@@ -381,9 +388,9 @@ func find(tab []uint32, members []Value, v Value, cost *int) int {
 		return search(tab, members, v, cost)
 	}
 	*cost += len(members) >> 2
-	if v.kind == String {
+	if v.kind() == String {
 		for i := range members {
-			if m := &members[i]; m.n == v.n && m.kind == String && (m.p == v.p || m.str() == v.str()) {
+			if m := &members[i]; m.n == v.n && m.kind() == String && (m.p == v.p || m.str() == v.str()) {
 				return i
 			}
 		}
@@ -410,7 +417,7 @@ func (o *object) get(k Value, cost *int) Value {
 
 // lookup is v[k]: undefined if v has no such member or is no collection.
 func lookup(v, k Value, cost *int) Value {
-	switch v.kind {
+	switch v.kind() {
 	case Object:
 		return v.object().get(k, cost)
 	case Array:
@@ -431,18 +438,18 @@ func lookup(v, k Value, cost *int) Value {
 // the member of a data object whose key is the number's text, and a text the
 // member of a data array.
 func unlike(v, k Value) bool {
-	switch v.kind {
+	switch v.kind() {
 	case Object:
-		return v.object().base && k.kind != String
+		return v.object().base && k.kind() != String
 	case Array:
-		return v.array().base && k.kind != Int
+		return v.array().base && k.kind() != Int
 	}
 	return false
 }
 
 // length is how many members a collection has.
 func (v Value) length() int {
-	switch v.kind {
+	switch v.kind() {
 	case Array:
 		return len(v.array().elems)
 	case Object:
