@@ -21,6 +21,7 @@ import (
 
 	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/prepared/irvm"
 )
 
 // A builtin that panics, as a faulty one in OPA would.
@@ -103,8 +104,13 @@ func TestEvalFailsClosed(t *testing.T) {
 		if took := time.Since(start); took > 5*time.Second {
 			t.Errorf("stopped after %s", took)
 		}
-		slow.timeout = 30 * time.Millisecond
-		deny(t, slow, `{}`, ErrBudget, "over 30ms")
+		for _, engine := range []string{EngineCompiled, EngineTopdown} {
+			slow, err := CompileWith(t.Context(), slow.Bundle(), Options{Engine: engine, Limits: irvm.Limits{Time: 30 * time.Millisecond}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			deny(t, slow, `{}`, ErrBudget, "over 30ms")
+		}
 	})
 }
 

@@ -160,12 +160,21 @@ func (p *Program) traced(ctx context.Context, input []byte, t *ruleTracer, more 
 			d, err = Decision{}, fmt.Errorf("%w: the evaluator panicked: %v", ErrEvaluation, r)
 		}
 	}()
-	v, err := p.eval(ctx, input, append(more, rego.EvalQueryTracer(t))...)
-	if err != nil {
-		return Decision{}, err
+	if ctx.Err() != nil {
+		return Decision{}, fmt.Errorf("%w: %w", ErrBudget, context.Cause(ctx))
 	}
-	if d, err = decisionOf(v); err != nil {
-		return Decision{}, fmt.Errorf("%w: %w", ErrResult, err)
+	m := p.vm.Machine(ctx)
+	defer m.Release()
+	in, err := m.Parse(input)
+	if err != nil {
+		return Decision{}, machineError(err)
+	}
+	now, err := p.now(in)
+	if err != nil {
+		return Decision{}, fmt.Errorf("%w: input: %w", ErrEvaluation, err)
+	}
+	if err := p.interpret(ctx, m, in, now, &d, append(more, rego.EvalQueryTracer(t))...); err != nil {
+		return Decision{}, err
 	}
 	return d, nil
 }

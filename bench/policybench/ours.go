@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,22 +26,24 @@ func openOurs(dir string) (leg.Policy, error) {
 
 // openTopdown is ours as it evaluates what its own engine cannot.
 func openTopdown(dir string) (leg.Policy, error) {
-	p, err := compile(dir)
+	b, err := read(dir)
 	if err != nil {
 		return nil, err
 	}
-	if engine, _ := p.Engine(); engine != prepared.EngineTopdown {
-		return nil, fmt.Errorf("%s is evaluated by the engine %s, this side measures %s", dir, engine, prepared.EngineTopdown)
-	}
-	return ours{p}, nil
+	p, err := prepared.CompileWith(context.Background(), b, prepared.Options{Engine: prepared.EngineTopdown})
+	return ours{p}, err
 }
 
 func compile(dir string) (*prepared.Program, error) {
-	b, err := prepared.ReadBundleFile(filepath.Join(dir, "bundle.tar.gz"), prepared.Limits{})
+	b, err := read(dir)
 	if err != nil {
 		return nil, err
 	}
 	return prepared.Compile(context.Background(), b)
+}
+
+func read(dir string) (*prepared.Bundle, error) {
+	return prepared.ReadBundleFile(filepath.Join(dir, "bundle.tar.gz"), prepared.Limits{})
 }
 
 func (o ours) Decider() leg.Decider {
