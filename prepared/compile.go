@@ -101,14 +101,18 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 			p, err = nil, fmt.Errorf("the compiler panicked: %v", r)
 		}
 	}()
-	if b == nil || b.parsed == nil {
+	if b == nil || b.Raw == nil {
 		return nil, errors.New("the bundle was not made by ReadBundle")
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	modules := make(map[string]*ast.Module, len(b.parsed.Modules))
-	for _, m := range b.parsed.Modules {
+	parsed, err := b.content()
+	if err != nil {
+		return nil, err
+	}
+	modules := make(map[string]*ast.Module, len(parsed.Modules))
+	for _, m := range parsed.Modules {
 		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
 	}
 	if faults := checkModules(modules); len(faults) > 0 {
@@ -117,7 +121,7 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 
 	// One store per program, holding AST values, never written again. The one
 	// read transaction lives as long as the program and is freed with it.
-	store := inmem.NewFromObjectWithOpts(b.parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	store := inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
 	txn, err := store.NewTransaction(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open data: %w", err)
@@ -156,7 +160,7 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 		usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
 	}
 	return &Program{
-		bundle: b, query: query, usesTime: usesTime, timeout: EvalTimeout,
+		bundle: b.light(), query: query, usesTime: usesTime, timeout: EvalTimeout,
 		options: []rego.EvalOption{
 			rego.EvalTransaction(txn),
 			rego.EvalMetrics(metrics.NoOp()),

@@ -27,6 +27,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -518,6 +519,9 @@ func (p *Poller) put(ctx context.Context, s *staged) error {
 	if err := vfs.SyncDir(p.o.Dir); err != nil {
 		return fmt.Errorf("release state: %w", err)
 	}
+	// Compiling leaves several times as much garbage as the program is large, and
+	// an activation is rare: give it back at once.
+	debug.FreeOSMemory()
 	p.o.Logger.Info("release activated", "release_id", rel.ReleaseID, "sequence", rel.Sequence, "policy", bundle.Ref())
 	p.o.Note(event.ReleaseActivated, s.lifecycle("passed", "", ""))
 	p.ack(ctx, Ack{ReleaseID: rel.ReleaseID, Step: "activate", Result: "passed", PolicyRef: bundle.Ref(), Fingerprint: rel.Fingerprint})
