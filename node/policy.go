@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"runtime/debug"
 
 	"github.com/VictoriaMetrics/metrics"
 
@@ -75,6 +76,7 @@ func (n *node) admitLocal(ctx context.Context) error {
 		}
 		return run.Exit(run.Usage, fmt.Errorf("--policy %s: %w", n.cfg.Policy, err))
 	}
+	debug.FreeOSMemory() // what compiling and probing have left
 	return nil
 }
 

@@ -88,7 +88,28 @@ type Bundle struct {
 	// be left out to make a denied call an allowed one.
 	AllowFailOpen []string
 
-	parsed *bundle.Bundle
+	parsed *bundle.Bundle // nil: see content
+}
+
+// content is what the files of b hold, for reading. A Program keeps its bundle
+// without it, as data and rules are several times as large as Raw and lie in the
+// program in another form; Explain and LintBundle then read Raw again.
+func (b *Bundle) content() (*bundle.Bundle, error) {
+	if b.parsed != nil {
+		return b.parsed, nil
+	}
+	again, err := readBundle(b.Raw, Limits{MaxBytes: int64(len(b.Raw)), MaxTotalBytes: 1 << 40, MaxRatio: 1 << 40, MaxEntries: 1 << 30})
+	if err != nil {
+		return nil, err // Raw was changed: it has been read before
+	}
+	return again.parsed, nil
+}
+
+// light is b without its content.
+func (b *Bundle) light() *Bundle {
+	l := *b
+	l.parsed = nil
+	return &l
 }
 
 // Example is a sample call.

@@ -97,14 +97,18 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 			p, err = nil, fmt.Errorf("the compiler panicked: %v", r)
 		}
 	}()
-	if b == nil || b.parsed == nil {
+	if b == nil || b.Raw == nil {
 		return nil, errors.New("the bundle was not made by ReadBundle")
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	modules := make(map[string]*ast.Module, len(b.parsed.Modules))
-	for _, m := range b.parsed.Modules {
+	parsed, err := b.content()
+	if err != nil {
+		return nil, err
+	}
+	modules := make(map[string]*ast.Module, len(parsed.Modules))
+	for _, m := range parsed.Modules {
 		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
 	}
 	if faults := checkModules(modules); len(faults) > 0 {
@@ -113,7 +117,7 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 
 	// One store per program, holding AST values, never written again. The one
 	// read transaction lives as long as the program and is freed with it.
-	store := inmem.NewFromObjectWithOpts(b.parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	store := inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
 	txn, err := store.NewTransaction(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open data: %w", err)
@@ -152,7 +156,7 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 		usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
 	}
 	p = &Program{
-		bundle: b, query: query, usesTime: usesTime, limits: o.Limits.WithDefaults(),
+		bundle: b.light(), query: query, usesTime: usesTime, limits: o.Limits.WithDefaults(),
 		options: []rego.EvalOption{
 			rego.EvalTransaction(txn),
 			rego.EvalMetrics(metrics.NoOp()),
@@ -160,7 +164,7 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 		},
 	}
 	p.engine.every, p.engine.report = uint64(max(0, o.SelfCheck)), o.OnMismatch
-	p.vm, err = lower(ctx, b, o, asked)
+	p.vm, err = lower(ctx, parsed.Data, o, asked)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -173,7 +177,7 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 
 // lower compiles the plan of the query. The error is the reason for which the
 // interpreter must evaluate it.
-func lower(ctx context.Context, b *Bundle, o Options, asked []func(*rego.Rego)) (*irvm.Program, error) {
+func lower(ctx context.Context, data map[string]any, o Options, asked []func(*rego.Rego)) (*irvm.Program, error) {
 	if o.Engine == EngineTopdown {
 		return nil, errors.New("it was asked for")
 	}
@@ -181,7 +185,7 @@ func lower(ctx context.Context, b *Bundle, o Options, asked []func(*rego.Rego)) 
 	if err != nil {
 		return nil, fmt.Errorf("OPA has no plan for this policy: %w", err)
 	}
-	return irvm.Compile(plan, b.parsed.Data, irvm.Options{Limits: o.Limits, Capabilities: capabilities()})
+	return irvm.Compile(plan, data, irvm.Options{Limits: o.Limits, Capabilities: capabilities()})
 }
 
 // entryRef turns "autonomy/decision" into data.autonomy.decision.

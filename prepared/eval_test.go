@@ -409,8 +409,12 @@ func BenchmarkEvalPlain(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	options := []func(*rego.Rego){rego.Query("data.autonomy.decision"), rego.Store(inmem.NewFromObject(p.bundle.parsed.Data))}
-	for _, m := range p.bundle.parsed.Modules {
+	content, err := p.bundle.content()
+	if err != nil {
+		b.Fatal(err)
+	}
+	options := []func(*rego.Rego){rego.Query("data.autonomy.decision"), rego.Store(inmem.NewFromObject(content.Data))}
+	for _, m := range content.Modules {
 		options = append(options, rego.Module(m.Path, string(m.Raw)))
 	}
 	query, err := rego.New(options...).PrepareForEval(context.Background())

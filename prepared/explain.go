@@ -116,7 +116,11 @@ func Explain(ctx context.Context, p *Program, input []byte) (*Explanation, error
 	if err := strictjson.CheckObject(input); err != nil {
 		return nil, fmt.Errorf("explain: input: %w", err)
 	}
-	t := &ruleTracer{data: p.bundle.parsed.Data, values: true, runs: map[uint64]*ruleRun{}, rules: map[*ast.Rule]*ruleRun{}}
+	content, err := p.bundle.content()
+	if err != nil {
+		return nil, fmt.Errorf("explain: %w", err)
+	}
+	t := &ruleTracer{data: content.Data, values: true, runs: map[uint64]*ruleRun{}, rules: map[*ast.Rule]*ruleRun{}}
 	// Without the rule index also rules that it would have skipped are tried, so
 	// that the condition that rules them out has a line.
 	d, err := p.traced(ctx, input, t, rego.EvalRuleIndexing(false))

@@ -119,8 +119,12 @@ func Lint(ctx context.Context, dir, entrypoint string, allowFailOpen []string) (
 // undefined or that no node takes. It is for a warning at load; Lint is for the
 // author, who has the directory with its tests.
 func LintBundle(b *Bundle) []Finding {
-	modules := make(map[string]*ast.Module, len(b.parsed.Modules))
-	for _, m := range b.parsed.Modules {
+	content, err := b.content()
+	if err != nil {
+		return nil // it compiles, so it can be read
+	}
+	modules := make(map[string]*ast.Module, len(content.Modules))
+	for _, m := range content.Modules {
 		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
 	}
 	var found []Finding

@@ -39,6 +39,7 @@ var (
 	mHeap    = metric{"allocated", "B/decision", func(r leg.Result) float64 { return r.Heap }}
 	mLoad    = metric{"to the first decision", "s", func(r leg.Result) float64 { return r.Open.Seconds() }}
 	mRSS     = metric{"growth of RSS", "MiB", func(r leg.Result) float64 { return float64(r.RSS) / (1 << 20) }}
+	mPeak    = metric{"growth of RSS right after", "MiB", func(r leg.Result) float64 { return float64(r.Peak) / (1 << 20) }}
 	mLive    = metric{"heap in use after a collection", "MiB", func(r leg.Result) float64 { return float64(r.Live) / (1 << 20) }}
 	mP50     = metric{"p50", "µs", func(r leg.Result) float64 { return micros(r.P50) }}
 	mP99     = metric{"p99", "µs", func(r leg.Result) float64 { return micros(r.P99) }}
@@ -62,7 +63,7 @@ func perOwn(r leg.Result) float64 {
 func (b block) metrics() []metric {
 	switch b.mode {
 	case leg.Load:
-		return []metric{mLoad, mRSS, mLive}
+		return []metric{mLoad, mRSS, mPeak, mLive}
 	case leg.Swap:
 		return []metric{mP50, mSwapP50, mP99, mSwapP99, mSwaps}
 	}
@@ -220,7 +221,7 @@ How to read this:
 - **OPA, best options** keeps data and answer as its evaluator's values, reads in one transaction, has no metrics and no goroutine per evaluation.
 - **cedar-go** does less: the language has no texts, limits or redaction in an answer, and what it cannot look up or count lies in its policy, its entities or its context.
 - **allocations** are those of the whole process divided by its decisions; under one in twenty they count as none.
-- **growth of RSS** is what the kernel counts right after loading, garbage included.
+- **growth of RSS** is what the kernel counts when the garbage of loading was given back, as a node does after an activation; right after loading that garbage is still there.
 - **swap under load**: one goroutine asks while another one activates two versions in turn, through the disk, in every second window of 100 ms.
 `)
 	return b.String()

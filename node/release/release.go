@@ -27,6 +27,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -440,8 +441,10 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 	}
 	s := &staged{digest: digest, ev: ev, rel: rel, lock: m.Lock, bundle: bundle, program: program, until: p.o.Now().Add(p.o.Shadow)}
 	// Without a policy in force there is nothing to compare with, and waiting
-	// would only deny; the policy that is in force already needs no comparison.
-	if current := p.o.Slots.Current(); p.o.Shadow > 0 && current != nil && current.Meta.Digest != bundle.Digest {
+	// would only deny; a policy that is or was in force needs no comparison.
+	current := p.o.Slots.Current()
+	mends := p.last != nil && p.last.EnvelopeDigest == digest
+	if p.o.Shadow > 0 && current != nil && current.Meta.Digest != bundle.Digest && !mends {
 		return p.stage(s)
 	}
 	return p.put(ctx, s)
@@ -518,6 +521,9 @@ func (p *Poller) put(ctx context.Context, s *staged) error {
 	if err := vfs.SyncDir(p.o.Dir); err != nil {
 		return fmt.Errorf("release state: %w", err)
 	}
+	// Compiling leaves several times as much garbage as the program is large, and
+	// an activation is rare: give it back at once.
+	debug.FreeOSMemory()
 	p.o.Logger.Info("release activated", "release_id", rel.ReleaseID, "sequence", rel.Sequence, "policy", bundle.Ref())
 	p.o.Note(event.ReleaseActivated, s.lifecycle("passed", "", ""))
 	p.ack(ctx, Ack{ReleaseID: rel.ReleaseID, Step: "activate", Result: "passed", PolicyRef: bundle.Ref(), Fingerprint: rel.Fingerprint})

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -139,5 +141,27 @@ func TestShadowEndsOtherwise(t *testing.T) {
 	w.poll()
 	if a := w.slots.Current(); a.Meta.ReleaseID != "stable-3" || w.poller.Active().ReleaseID != "stable-3" {
 		t.Errorf("in force %+v", a.Meta)
+	}
+}
+
+// TestShadowMends: the release whose slot is damaged comes back at once: it was in
+// force before.
+func TestShadowMends(t *testing.T) {
+	w := newWorld(t)
+	w.publish(1, nil)
+	w.poll()
+	w.publish(2, nil)
+	w.poll()
+	if err := os.WriteFile(filepath.Join(w.dir, "policy", "active", "bundle.tar.gz"), []byte("junk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.shadow = time.Hour
+	w.start()
+	if a := w.slots.Current(); a == nil || a.Meta.Sequence != 1 {
+		t.Fatalf("the last known good policy is not in force: %+v", a)
+	}
+	w.poll()
+	if st := w.slots.Status(); st.Serving != prepared.ServingActive || st.Active.Sequence != 2 || st.Candidate != nil {
+		t.Errorf("not mended: %+v", st)
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,8 +75,9 @@ type Result struct {
 	Heap      float64       `json:"heap"`   // bytes allocated per decision
 
 	Open time.Duration `json:"open"` // Load: from files to the first decision
-	RSS  int64         `json:"rss"`  // Load: growth of resident memory, as the kernel sees it right after
-	Live int64         `json:"live"` // Load: growth of it that stays after a collection
+	Peak int64         `json:"peak"` // Load: growth of resident memory, as the kernel sees it right after
+	RSS  int64         `json:"rss"`  // Load: what stays of it when garbage was given back, as a node does
+	Live int64         `json:"live"` // Load: heap in use then
 
 	P50     time.Duration `json:"p50"` // Swap: of a decision in the windows without swaps
 	P99     time.Duration `json:"p99"`
@@ -255,7 +257,7 @@ func eval(s Spec, open Open, calls []call) (Result, error) {
 }
 
 func load(s Spec, open Open, calls []call) (Result, error) {
-	runtime.GC()
+	debug.FreeOSMemory()
 	before, err := resident()
 	if err != nil {
 		return Result{}, err
@@ -275,9 +277,13 @@ func load(s Spec, open Open, calls []call) (Result, error) {
 		return Result{}, err
 	}
 	var mem runtime.MemStats
-	runtime.GC()
+	debug.FreeOSMemory()
+	kept, err := resident()
+	if err != nil {
+		return Result{}, err
+	}
 	runtime.ReadMemStats(&mem)
-	res.RSS, res.Live = grown-before, int64(mem.HeapAlloc)
+	res.Peak, res.RSS, res.Live = grown-before, kept-before, int64(mem.HeapAlloc)
 	return res, check(p, calls)
 }
 
