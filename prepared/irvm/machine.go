@@ -180,7 +180,7 @@ func (a *arena[T]) reset(maxLen int) {
 
 const (
 	valueBytes  = 24
-	objectBytes = 80
+	objectBytes = 88
 	arrayBytes  = 24
 	setBytes    = 56
 )
