@@ -256,9 +256,8 @@ func (v Value) term() *ast.Term {
 	panic("undefined has no term")
 }
 
-// AppendJSON appends v as JSON: sets as arrays, objects and sets in order,
-// keys that are no strings as their own JSON in a string. It is what
-// ast.JSON and encoding/json make of OPA's value, without HTML escapes.
+// AppendJSON appends v as JSON, sets as arrays, objects and sets in order. It is
+// what ast.JSON and encoding/json make of OPA's value, without HTML escapes.
 func (v Value) AppendJSON(b []byte) []byte {
 	var steps int
 	switch v.kind() {
@@ -278,6 +277,11 @@ func (v Value) AppendJSON(b []byte) []byte {
 		return appendList(b, v.set().ordered(&steps))
 	case Object:
 		o := v.object()
+		for i := range o.keys {
+			if o.keys[i].kind() != String {
+				return appendByOPA(b, v)
+			}
+		}
 		b = append(b, '{')
 		if o.sorted {
 			for i := range o.keys {
@@ -293,16 +297,25 @@ func (v Value) AppendJSON(b []byte) []byte {
 	return b
 }
 
+// appendByOPA appends an object with keys that are no strings: JSON has none,
+// and OPA's way to write them decides their order.
+func appendByOPA(b []byte, v Value) []byte {
+	j, err := ast.JSON(v.AST())
+	if err != nil {
+		return append(b, "null"...)
+	}
+	raw, err := json.Marshal(j)
+	if err != nil {
+		return append(b, "null"...)
+	}
+	return append(b, raw...)
+}
+
 func (o *object) appendEntry(b []byte, i int, comma bool) []byte {
 	if comma {
 		b = append(b, ',')
 	}
-	if k := o.keys[i]; k.kind() == String {
-		b = appendString(b, k.str())
-	} else {
-		b = appendString(b, string(k.AppendJSON(nil)))
-	}
-	b = append(b, ':')
+	b = append(appendString(b, o.keys[i].str()), ':')
 	return o.vals[i].AppendJSON(b)
 }
 

@@ -180,8 +180,8 @@ func (a *arena[T]) reset(maxLen int) {
 
 const (
 	valueBytes  = 24
-	objectBytes = 88
-	arrayBytes  = 24
+	objectBytes = 80
+	arrayBytes  = 32
 	setBytes    = 56
 )
 
