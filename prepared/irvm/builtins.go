@@ -4,6 +4,8 @@ import (
 	"math"
 	"slices"
 	"unicode/utf8"
+
+	"github.com/open-policy-agent/opa/v1/ast"
 )
 
 // The builtins here do what those of OPA do, to the byte. What an operand makes
@@ -110,6 +112,9 @@ func (m *Machine) equal(a, b Value) bool {
 // builtin lowers a call of one of OPA's builtins.
 func (c *compiler) builtin(name string, args []operand, to result) op {
 	f := native[name]
+	if decl := ast.BuiltinMap[name]; decl == nil || decl.IsNondeterministic() {
+		c.fn.live = true
+	}
 	if s, ok := f.(special); ok {
 		if o := s(c, args, to); o != nil {
 			return o

@@ -1,6 +1,7 @@
 package irvm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,6 +15,13 @@ import (
 // ErrUnsupported is wrapped by Compile's errors: the plan is one for the
 // interpreter.
 var ErrUnsupported = errors.New("plan not supported")
+
+// Bounds of what is evaluated at load: steps of all rules together, and memory
+// of one.
+const (
+	foldSteps  = 10_000_000
+	foldMemory = 4 << 20
+)
 
 // maxRegs bounds the registers of all functions of one chain of calls, so that
 // the memory of a Machine is bounded before it runs.
@@ -47,6 +55,10 @@ type Program struct {
 type function struct {
 	name   string
 	body   []*block
+	index  *ruleIndex
+	live   bool     // it calls a builtin that does not give the same every time
+	folded bool     // its value does not depend on the input, and is
+	value  Value    // this one
 	arity  int      // parameters, input and data among them
 	result ir.Local // the local of the value, and
 	ret    int      // its register
@@ -92,6 +104,8 @@ func Compile(plan *ir.Policy, data map[string]any, o Options) (p *Program, err e
 		build:  builder{texts: map[string]string{}},
 		funcs:  map[string]*function{},
 		byPath: &pathNode{},
+
+		foldSteps: foldSteps,
 	}
 	defer func() {
 		if r := recover(); r != nil {
@@ -117,12 +131,13 @@ type refusal string
 func refuse(format string, args ...any) { panic(refusal(fmt.Sprintf(format, args...))) }
 
 type compiler struct {
-	prog   *Program
-	build  builder
-	consts []Value // the plan's strings
-	funcs  map[string]*function
-	byPath *pathNode // for calls whose function is known at run time only
-	noFold bool      // a `with` replaces data: what is under data is not constant
+	prog      *Program
+	build     builder
+	consts    []Value // the plan's strings
+	funcs     map[string]*function
+	byPath    *pathNode // for calls whose function is known at run time only
+	foldSteps int64     // left
+	noFold    bool      // a `with` replaces data: what is under data is not constant
 
 	// Of the function being lowered.
 	fn   *function
@@ -162,10 +177,12 @@ func (c *compiler) compile(plan *ir.Policy) {
 		c.fn.ret = c.see(f.Return)
 		c.fn.result = f.Return
 		c.fn.body = c.body(f.Blocks)
+		c.fn.index = c.index(f.Blocks)
 		for _, p := range f.Params {
 			c.fn.params = append(c.fn.params, c.reader(p))
 		}
 		c.fn.nregs = len(c.regs)
+		c.fold(c.fn)
 	}
 	c.fn, c.regs = &function{shared: ir.Data, calls: map[*function]bool{}}, map[ir.Local]int{}
 	c.see(ir.Input) // register 0
@@ -174,6 +191,31 @@ func (c *compiler) compile(plan *ir.Policy) {
 	c.fn.nregs = len(c.regs)
 	c.prog.planRegs = c.fn.nregs
 	c.prog.regs = c.fn.need(0)
+}
+
+// fold evaluates a rule without arguments that depends on nothing but data and
+// constants. Whatever is in the way of it, the rule is evaluated like others.
+func (c *compiler) fold(fn *function) {
+	if fn.memo < 0 || fn.live || c.noFold || c.reader(ir.Input) >= 0 {
+		return
+	}
+	limits := c.prog.limits
+	limits.Steps, limits.Memory = c.foldSteps, foldMemory
+	p := Program{lenient: c.prog.lenient, limits: limits, capabilities: c.prog.capabilities, regs: fn.need(0), memos: c.prog.memos}
+	m := p.newMachine()
+	m.begin(context.Background())
+	defer m.end()
+	var v Value
+	err := func() (err error) {
+		defer m.recover(&v, &err)
+		m.openFrame()
+		v = m.invoke(fn, []operand{{}, {}}, []Value{{}})
+		return nil
+	}()
+	c.foldSteps = max(1, c.foldSteps-int64(m.steps))
+	if err == nil {
+		fn.folded, fn.value = true, c.build.keep(v)
+	}
 }
 
 // need is how many registers a chain of calls from f takes at most.
@@ -651,7 +693,7 @@ func (c *compiler) finish(d *draft) (Value, bool) {
 	}
 	switch d.kind {
 	case Array:
-		return arrayValue(&array{elems: d.vals}), true
+		return arrayValue(&array{elems: d.vals, fixed: true}), true
 	case Set:
 		return c.build.set(d.vals), true
 	}
@@ -670,6 +712,7 @@ func (c *compiler) funcNamed(name string) *function {
 	f := c.funcs[name]
 	if f != nil {
 		c.fn.calls[f] = true
+		c.fn.live = c.fn.live || f.live
 	}
 	return f
 }

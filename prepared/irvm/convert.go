@@ -50,7 +50,7 @@ func (b *builder) fromAST(v ast.Value) Value {
 	case *ast.Array:
 		elems := make([]Value, 0, v.Len())
 		v.Foreach(func(t *ast.Term) { elems = append(elems, b.fromAST(t.Value)) })
-		return arrayValue(&array{elems: elems})
+		return arrayValue(&array{elems: elems, fixed: true})
 	case ast.Set:
 		elems := make([]Value, 0, v.Len())
 		v.Foreach(func(t *ast.Term) { elems = append(elems, b.fromAST(t.Value)) })
@@ -82,7 +82,7 @@ func (b *builder) fromJSON(x any) Value {
 		for i := range x {
 			elems[i] = b.fromJSON(x[i])
 		}
-		return arrayValue(&array{elems: elems, base: true})
+		return arrayValue(&array{elems: elems, fixed: true, base: true})
 	case map[string]any:
 		keys, vals := make([]Value, 0, len(x)), make([]Value, 0, len(x))
 		for _, k := range util.KeysSorted(x) {
@@ -110,7 +110,7 @@ func (b *builder) object(keys, vals []Value) Value {
 			o.keys[i], o.vals[i] = keys[from], vals[from]
 		}
 	}
-	o.sorted, o.tab = true, b.table(o.keys)
+	o.fixed, o.sorted, o.tab = true, true, b.table(o.keys)
 	return objectValue(o)
 }
 
@@ -118,7 +118,7 @@ func (b *builder) object(keys, vals []Value) Value {
 func (b *builder) set(elems []Value) Value {
 	slices.SortStableFunc(elems, b.compare)
 	elems = slices.CompactFunc(elems, func(x, y Value) bool { return b.compare(x, y) == 0 })
-	return setValue(&set{elems: elems, sorted: true, tab: b.table(elems)})
+	return setValue(&set{elems: elems, fixed: true, sorted: true, tab: b.table(elems)})
 }
 
 func (b *builder) compare(x, y Value) int { return compare(x, y, &b.steps) }
@@ -134,7 +134,7 @@ func (b *builder) table(members []Value) []uint32 {
 	return tab
 }
 
-// keep copies v out of a Machine.
+// keep copies v out of a Machine, but for what belongs to the Program already.
 func (b *builder) keep(v Value) Value {
 	switch v.kind() {
 	case Decimal:
@@ -145,10 +145,19 @@ func (b *builder) keep(v Value) Value {
 		}
 		return b.str(string([]byte(v.str())))
 	case Array:
-		return arrayValue(&array{elems: b.keepAll(v.array().elems)})
+		if v.array().fixed {
+			return v
+		}
+		return arrayValue(&array{elems: b.keepAll(v.array().elems), fixed: true})
 	case Set:
+		if v.set().fixed {
+			return v
+		}
 		return b.set(b.keepAll(v.set().elems))
 	case Object:
+		if v.object().fixed {
+			return v
+		}
 		return b.object(b.keepAll(v.object().keys), b.keepAll(v.object().vals))
 	}
 	return v
@@ -247,9 +256,8 @@ func (v Value) term() *ast.Term {
 	panic("undefined has no term")
 }
 
-// AppendJSON appends v as JSON: sets as arrays, objects and sets in order,
-// keys that are no strings as their own JSON in a string. It is what
-// ast.JSON and encoding/json make of OPA's value, without HTML escapes.
+// AppendJSON appends v as JSON, sets as arrays, objects and sets in order. It is
+// what ast.JSON and encoding/json make of OPA's value, without HTML escapes.
 func (v Value) AppendJSON(b []byte) []byte {
 	var steps int
 	switch v.kind() {
@@ -269,6 +277,11 @@ func (v Value) AppendJSON(b []byte) []byte {
 		return appendList(b, v.set().ordered(&steps))
 	case Object:
 		o := v.object()
+		for i := range o.keys {
+			if o.keys[i].kind() != String {
+				return appendByOPA(b, v)
+			}
+		}
 		b = append(b, '{')
 		if o.sorted {
 			for i := range o.keys {
@@ -284,16 +297,25 @@ func (v Value) AppendJSON(b []byte) []byte {
 	return b
 }
 
+// appendByOPA appends an object with keys that are no strings: JSON has none,
+// and OPA's way to write them decides their order.
+func appendByOPA(b []byte, v Value) []byte {
+	j, err := ast.JSON(v.AST())
+	if err != nil {
+		return append(b, "null"...)
+	}
+	raw, err := json.Marshal(j)
+	if err != nil {
+		return append(b, "null"...)
+	}
+	return append(b, raw...)
+}
+
 func (o *object) appendEntry(b []byte, i int, comma bool) []byte {
 	if comma {
 		b = append(b, ',')
 	}
-	if k := o.keys[i]; k.kind() == String {
-		b = appendString(b, k.str())
-	} else {
-		b = appendString(b, string(k.AppendJSON(nil)))
-	}
-	b = append(b, ':')
+	b = append(appendString(b, o.keys[i].str()), ':')
 	return o.vals[i].AppendJSON(b)
 }
 

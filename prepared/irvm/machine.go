@@ -181,7 +181,7 @@ func (a *arena[T]) reset(maxLen int) {
 const (
 	valueBytes  = 24
 	objectBytes = 80
-	arrayBytes  = 24
+	arrayBytes  = 32
 	setBytes    = 56
 )
 

@@ -24,17 +24,26 @@ func (p *Program) newMachine() *Machine {
 // it has taken what it needs out of the values.
 func (p *Program) Machine(ctx context.Context) *Machine {
 	m := p.machines.Get().(*Machine)
-	m.ctx, m.limits = ctx, p.limits
-	m.steps, m.next, m.mem = 0, slice, p.limits.Memory
+	m.begin(ctx)
 	return m
 }
 
-// Release ends the life of all values that m made.
-func (m *Machine) Release() {
+func (m *Machine) begin(ctx context.Context) {
+	m.ctx, m.limits = ctx, m.prog.limits
+	m.steps, m.next, m.mem = 0, slice, m.limits.Memory
+}
+
+// end stops what runs for the evaluation.
+func (m *Machine) end() {
 	if m.release != nil {
 		m.release()
 		m.release = nil
 	}
+}
+
+// Release ends the life of all values that m made.
+func (m *Machine) Release() {
+	m.end()
 	if m.broken {
 		return // what a panic left is nobody's
 	}

@@ -359,6 +359,12 @@ func (m *Machine) missing(v, k Value) int {
 
 // equality goes on if a == b is what want says.
 func equality(a, b operand, want bool) op {
+	if a.isConst() && b.isConst() {
+		if steps := 0; equal(a.value, b.value, &steps) == want {
+			return nil
+		}
+		return func(*Machine, []Value) int { return undefined }
+	}
 	if a.isConst() {
 		a, b = b, a
 	}
@@ -686,28 +692,56 @@ func (m *Machine) openFrame() {
 }
 
 func (c *compiler) call(s *ir.CallStmt, rest []ir.Stmt) op {
+	fn := c.funcNamed(s.Func)
+	if fn != nil && fn.folded {
+		if fn.value.kind() == Undefined {
+			return func(*Machine, []Value) int { return undefined }
+		}
+		return c.constant(s.Result, fn.value)
+	}
 	args := make([]operand, len(s.Args))
 	for i, a := range s.Args {
-		args[i] = c.operand(a)
+		if fn == nil || fn.params == nil || fn.params[i] >= 0 {
+			args[i] = c.operand(a)
+		}
 	}
-	to := c.result(s.Result, rest)
-	fn := c.funcNamed(s.Func)
 	if fn == nil {
-		return c.builtin(s.Func, args, to)
+		return c.builtin(s.Func, args, c.result(s.Result, rest))
 	}
 	if len(args) != fn.arity {
 		refuse("%s is called with %d arguments, has %d", describe(fn.name), len(args), fn.arity)
 	}
 	if fn.memo < 0 {
+		to := c.result(s.Result, rest)
 		return func(m *Machine, r []Value) int { return to.put(r, m.invoke(fn, args, r)) }
 	}
-	return func(m *Machine, r []Value) int {
-		e := &m.memo.entries[fn.memo]
-		if gen := m.memo.gen; e.gen != gen {
-			*e = memoEntry{gen, m.invoke(fn, args, r)}
+	if d, ok := follows(rest).(*ir.DotStmt); ok && d.Source.Value == ir.Val(s.Result) && c.between(s.Result) {
+		if names, target := c.path(d, rest[1:]); len(names) > 0 {
+			c.skip++
+			to := c.result(target, rest[c.skip:])
+			return func(m *Machine, r []Value) int {
+				v, ok := m.rule(fn, args, r), true
+				for i := range names {
+					if v, ok = m.field(v, &names[i]); !ok {
+						return undefined
+					}
+				}
+				return to.put(r, *v)
+			}
 		}
-		return to.put(r, e.value)
+		c.skip = 0
 	}
+	to := c.result(s.Result, rest)
+	return func(m *Machine, r []Value) int { return to.put(r, *m.rule(fn, args, r)) }
+}
+
+// rule is the value of a rule without arguments, which is evaluated once.
+func (m *Machine) rule(fn *function, args []operand, r []Value) *Value {
+	e := &m.memo.entries[fn.memo]
+	if gen := m.memo.gen; e.gen != gen {
+		*e = memoEntry{gen, m.invoke(fn, args, r)}
+	}
+	return &e.value
 }
 
 // A result says what becomes of the value of a call.
@@ -724,7 +758,7 @@ func (c *compiler) result(l ir.Local, rest []ir.Stmt) result {
 		n, ok := rest[0].(*ir.NotEqualStmt)
 		if ok && n.A.Value == ir.Val(l) && n.B.Value == ir.Val(ir.Bool(false)) {
 			to.test = true
-			c.skip = 1
+			c.skip++
 			reads = 1
 		}
 	}
@@ -759,7 +793,11 @@ func (m *Machine) invoke(fn *function, args []operand, r []Value) Value {
 			own[to] = args[i].get(r)
 		}
 	}
-	for _, b := range fn.body {
+	body := fn.body
+	if fn.index != nil {
+		body = fn.index.choose(m, own)
+	}
+	for _, b := range body {
 		if b.run(m, own) == stop {
 			break
 		}
@@ -789,6 +827,7 @@ func (c *compiler) callDynamic(s *ir.CallDynamicStmt) op {
 		return func(*Machine, []Value) int { return undefined }
 	}
 	root.under(c.fn.calls)
+	c.fn.live = true // which function it calls is not known
 	res := c.see(s.Result)
 	return func(m *Machine, r []Value) int {
 		at := root
@@ -805,14 +844,11 @@ func (c *compiler) callDynamic(s *ir.CallDynamicStmt) op {
 		if fn == nil || fn.memo < 0 || len(args) != fn.arity {
 			return undefined
 		}
-		e := &m.memo.entries[fn.memo]
-		if gen := m.memo.gen; e.gen != gen {
-			*e = memoEntry{gen, m.invoke(fn, args, r)}
-		}
-		if e.value.kind() == Undefined {
+		v := m.rule(fn, args, r)
+		if v.kind() == Undefined {
 			return 4
 		}
-		r[res] = e.value
+		r[res] = *v
 		return next
 	}
 }

@@ -73,6 +73,7 @@ func (v Value) kept() bool { return v.k&flagKept != 0 }
 
 type array struct {
 	elems []Value
+	fixed bool // belongs to the Program, and is never changed
 	base  bool // of the data that the policy came with; see unlike
 }
 
@@ -82,12 +83,14 @@ type set struct {
 	elems  []Value
 	tab    []uint32 // nil, or as built by index
 	sorted bool
+	fixed  bool // as in array
 }
 
 type object struct {
 	keys, vals []Value
 	tab        []uint32
 	sorted     bool // by key
+	fixed      bool // as in array
 	base       bool // as in array
 }
 
