@@ -42,7 +42,9 @@ go build -o "$work/" ./bench/toolbench ./bench/walbench ./bench/policybench
 out=$work/results
 "$work/toolbench" -opa "$opa" -bundle "$work/policy.tar.gz" -out "$out" "${tool[@]}"
 "$work/walbench" -peers "$work/walpeers" -version "$(scripts/version.sh)" -out "$out" "${wal[@]}"
-"$work/policybench" -peers "$work/policypeers" -version "$(scripts/version.sh)" -work "$work" -out "$out" "${policy[@]}"
+say conformance "running OPA's own cases on the compiled engine"
+go test -count=1 -run '^TestConformance$' -v ./prepared/irvm >"$work/conformance" || true # its row says what failed
+"$work/policybench" -conformance "$work/conformance" -peers "$work/policypeers" -version "$(scripts/version.sh)" -work "$work" -out "$out" "${policy[@]}"
 mkdir -p bench/results
 cp "$out/latest.json" "$out/latest.md" bench/results/
 say results "bench/results/latest.md"

@@ -41,6 +41,7 @@ type options struct {
 	reps            int
 	warmup, measure time.Duration
 	plan            []block
+	conformance     *conformance // nil: not asked
 }
 
 // legCommand makes this program run one leg.
@@ -75,6 +76,7 @@ func parse(args []string) (*options, error) {
 	fs.DurationVar(&o.measure, "duration", time.Second, "how long a leg is measured; one that swaps six times as long")
 	fs.DurationVar(&o.warmup, "warmup", 300*time.Millisecond, "how long it runs before that")
 	fs.IntVar(&o.reps, "reps", 5, "repetitions")
+	cases := fs.String("conformance", "", "`file` with what the conformance test has printed; without it, that target has no row")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
 	}
@@ -86,7 +88,12 @@ func parse(args []string) (*options, error) {
 	case o.reps < 1 || o.measure <= 0 || o.warmup < 0:
 		return nil, errors.New("-reps and -duration must be positive")
 	}
-	return o, nil
+	if *cases == "" {
+		return o, nil
+	}
+	var err error
+	o.conformance, err = readConformance(*cases)
+	return o, err
 }
 
 func run(ctx context.Context, o *options, stdout io.Writer) error {

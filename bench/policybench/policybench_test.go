@@ -138,6 +138,39 @@ func TestTargets(t *testing.T) {
 	}
 }
 
+// TestConformance reads what the conformance test prints.
+func TestConformance(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "out")
+	for text, want := range map[string]string{
+		"    x_test.go:81: conformance: 2400 cases: 2390 passed compiled, 10 fell back, 0 failed\n":  "yes yes",
+		"    x_test.go:81: conformance: 2400 cases: 2000 passed compiled, 399 fell back, 1 failed\n": "no no",
+	} {
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		o, err := parse([]string{"-peers", "x", "-conformance", name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.plan = nil
+		var met []string
+		for _, row := range (&report{options: o}).targetRows() {
+			met = append(met, map[bool]string{true: "yes", false: "no"}[*row.Met])
+		}
+		if got := strings.Join(met, " "); got != want {
+			t.Errorf("%s: %s, want %s", text, got, want)
+		}
+	}
+	if err := os.WriteFile(name, []byte("PASS\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{name, name + ".absent"} {
+		if _, err := parse([]string{"-peers", "x", "-conformance", file}); err == nil {
+			t.Errorf("%s was taken", file)
+		}
+	}
+}
+
 // TestCases: the policies are the same in every run, of the size that they are
 // meant to have, and what a node would take.
 func TestCases(t *testing.T) {

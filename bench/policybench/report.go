@@ -2,7 +2,10 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -94,6 +97,10 @@ func (r *report) rows() (out []results.Row) {
 // targetRows are what the project has set out to reach.
 func (r *report) targetRows() (out []results.Row) {
 	add := func(rows ...results.Row) { out = append(out, rows...) }
+	if c := r.options.conformance; c != nil {
+		add(results.Fixed(area, "target: OPA's conformance cases: failed", "cases", "none", 0, []float64{c.failed}).AtMost(0),
+			results.Fixed(area, "target: OPA's conformance cases: passed compiled", "cases", "all", c.cases, []float64{c.passed}).AtLeast(0.97))
+	}
 	alone := map[string]int{} // the block of one goroutine, by policy
 	for i, b := range r.options.plan {
 		name := func(what string) string { return "target: " + b.String() + ": " + what }
@@ -195,6 +202,30 @@ func line(b block, l leg.Result) string {
 		parts = append(parts, strings.TrimSpace(fmt.Sprintf("%s %s %s", m.name, number(m.of(l)), m.unit)))
 	}
 	return strings.Join(parts, "  ")
+}
+
+// conformance is how many of OPA's own test cases the compiled engine takes.
+type conformance struct{ cases, passed, failed float64 }
+
+var conformanceLine = regexp.MustCompile(`conformance: (\d+) cases: (\d+) passed compiled, (\d+) fell back, (\d+) failed`)
+
+// readConformance finds the line of the conformance test in what it has printed.
+func readConformance(name string) (*conformance, error) {
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	m := conformanceLine.FindSubmatch(data)
+	if m == nil {
+		return nil, fmt.Errorf("%s has no line that begins with \"conformance:\": is it what go test -v ./prepared/irvm printed?", name)
+	}
+	var n [4]float64
+	for i := range n {
+		if n[i], err = strconv.ParseFloat(string(m[i+1]), 64); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return &conformance{cases: n[0], passed: n[1], failed: n[3]}, nil
 }
 
 func (r *report) page() string {
