@@ -267,6 +267,7 @@ func TestReadBundleFileWantsARegularFile(t *testing.T) {
 
 func FuzzReadBundle(f *testing.F) {
 	f.Add(archive(f, entry{name: ".manifest", body: goodManifest}, entry{name: "p.rego", body: allowAll}))
+	f.Add(archive(f, entry{name: ".manifest", body: goodManifest}, entry{name: "p.rego", body: allowAll}, entry{name: "inputs/a.json", body: `{"kind":"k"}`}))
 	f.Add(archive(f))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		b, err := ReadBundle(raw, Limits{MaxTotalBytes: 1 << 20, MaxEntries: 16})

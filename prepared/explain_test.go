@@ -232,3 +232,30 @@ helper if input.caller.anything
 		t.Errorf("the quickstart: %v", found)
 	}
 }
+
+// FuzzExplain: whatever is asked, an explanation tells of the decision that Eval
+// makes, as JSON.
+func FuzzExplain(f *testing.F) {
+	p := program(f, explained, entry{name: "data.json", body: `{"roles":{"a":{"level":3},"b":{"level":1}}}`})
+	for _, seed := range []string{
+		`{}`, `{"kind":"tool.echo"}`, `{"agent":{"id":"a"},"params":{"n":11,"paths":["/etc","/srv/x",{}]}}`, `{"agent":{"id":["a"]},"params":7}`, `[]`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, input []byte) {
+		d, evalErr := p.Eval(t.Context(), input)
+		x, err := Explain(t.Context(), p, input)
+		if err != nil {
+			if evalErr == nil {
+				t.Fatalf("Eval says %+v, Explain %v", d, err)
+			}
+			return
+		}
+		if d.Allow != (x.Decision == "allow") || (evalErr == nil) != (x.Error == "") {
+			t.Errorf("Eval says %+v, %v; Explain %s, %q", d, evalErr, x.Decision, x.Error)
+		}
+		if raw, err := json.Marshal(x); err != nil || !json.Valid(raw) {
+			t.Errorf("%s, %v", raw, err)
+		}
+	})
+}

@@ -442,7 +442,8 @@ type SlotInfo struct {
 	ReleaseID   string    `json:"release_id,omitempty"`
 	Sequence    uint64    `json:"sequence,omitempty"`
 	ActivatedAt time.Time `json:"activated_at"`
-	Evaluator   string    `json:"evaluator"` // "topdown"
+	Evaluator   string    `json:"evaluator"`                  // EngineCompiled, EngineTopdown
+	Why         string    `json:"evaluator_reason,omitempty"` // with EngineTopdown: why not the other
 }
 
 // Candidate is the policy in shadow and what came of it. Its ActivatedAt is when
@@ -474,8 +475,9 @@ func (a *Active) info() *SlotInfo {
 		return nil
 	}
 	m := a.Meta
+	engine, why := a.Program.Engine()
 	return &SlotInfo{Ref: m.Ref, Digest: m.Digest, Source: m.Source, ReleaseID: m.ReleaseID,
-		Sequence: m.Sequence, ActivatedAt: m.ActivatedAt, Evaluator: "topdown"}
+		Sequence: m.Sequence, ActivatedAt: m.ActivatedAt, Evaluator: engine, Why: why}
 }
 
 // storedMeta is meta.json: Meta and a checksum, as a sequence number or release

@@ -414,7 +414,7 @@ func steps(t *testing.T, setUp, op func(s *Slots) error) []string {
 var scenarios = []struct {
 	name          string
 	versions      []string // activated before
-	op            string   // version to activate, or "rollback"
+	op            string   // version to activate, "early" before one that comes within the health window, or "rollback"
 	before, after string
 }{
 	{"first", nil, "1.0.0", "- - -", "1.0.0 1.0.0 -"},
@@ -422,11 +422,16 @@ var scenarios = []struct {
 	{"third", []string{"1.0.0", "2.0.0"}, "3.0.0", "2.0.0 2.0.0 1.0.0", "3.0.0 3.0.0 2.0.0"},
 	{"again", []string{"1.0.0", "2.0.0"}, "2.0.0", "2.0.0 2.0.0 1.0.0", "2.0.0 2.0.0 1.0.0"},
 	{"rollback", []string{"1.0.0", "2.0.0"}, "rollback", "2.0.0 2.0.0 1.0.0", "1.0.0 1.0.0 1.0.0"},
+	{"unproven", []string{"1.0.0", "2.0.0"}, "early 3.0.0", "2.0.0 2.0.0 1.0.0", "3.0.0 3.0.0 1.0.0"},
 }
 
 func doOp(t testing.TB, s *Slots, op string) error {
 	if op == "rollback" {
 		return s.Rollback(context.Background())
+	}
+	op, early := strings.CutPrefix(op, "early ") // the policy before was not in force for long
+	if early {
+		s.opt.HealthWindow = time.Hour
 	}
 	b, p := answering(t, op)
 	return s.Activate(context.Background(), b, p, Meta{Source: SourceRelease, ReleaseID: "r-" + op, Sequence: 7})
@@ -547,7 +552,7 @@ func TestKilledAtEachStep(t *testing.T) {
 				// Where directories were moved, the recovery is killed as well, at each
 				// of its steps in turn.
 				moved := strings.Contains(name, " to ") || strings.HasPrefix(name, "sync ")
-				for r := 1; moved && (sc.name == "third" || sc.name == "rollback") && killed(t, dir, -1, r); r++ {
+				for r := 1; moved && (sc.name == "third" || sc.name == "rollback" || sc.name == "unproven") && killed(t, dir, -1, r); r++ {
 					if r > 20 {
 						t.Fatal("recovery does not end")
 					}

@@ -446,6 +446,11 @@ func printSlots(w io.Writer, st *policyStatus) error {
 	if err := printTable(w, []string{"SLOT", "POLICY", "SOURCE", "RELEASE", "ACTIVATED", "DIGEST"}, rows); err != nil {
 		return err
 	}
+	for _, s := range slots {
+		if s.info != nil && s.info.Why != "" {
+			fmt.Fprintf(w, "%s is evaluated by %s: %s\n", s.name, printable(s.info.Evaluator), printable(s.info.Why))
+		}
+	}
 	if st.Candidate != nil {
 		c := st.Candidate.Shadow
 		fmt.Fprintf(w, "shadow:   %d calls compared: %d same, %d stricter, %d looser, %d other limits; %d without a valid answer, %d skipped\n",
