@@ -74,7 +74,7 @@ bench: build ## Measure beside peers (about 30 min); writes bench/results/
 	@scripts/bench.sh full
 
 .PHONY: bench-quick
-bench-quick: build ## The same with short runs (under 3 min)
+bench-quick: build ## The same with short runs (under 4 min)
 	@scripts/bench.sh quick
 
 .PHONY: cosign

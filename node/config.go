@@ -14,6 +14,7 @@ import (
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
+	"github.com/autonomyops/autonomy/prepared"
 )
 
 // EnvPrefix is put before a setting's name in the environment.
@@ -25,6 +26,9 @@ type Config struct {
 	Listen      []string          // host:port or unix:PATH; only loopback addresses and sockets
 	StateDir    string            // wal/, policy/, release/, identity/
 	Policy      string            // bundle file used while no slot is active; needs no signature
+	PolicyGood  time.Duration     // in force for so long, a policy is known good
+	PolicyWatch time.Duration     // a release's policy stays in shadow for so long; 0: not at all
+	FailOpen    []string          // fields that may be left out to make a denied call an allowed one
 	Tools       string            // tools.yaml; empty: tool.echo only
 	Durability  string            // strict, batched
 	Sync        time.Duration     // batched: the longest a decision is only in memory
@@ -63,6 +67,7 @@ func Defaults() Config {
 		WALSegment:  64 << 20,
 		WALRing:     "auto",
 		KeepFree:    256 << 20,
+		PolicyGood:  10 * time.Minute,
 		Channel:     "stable",
 		Poll:        30 * time.Second,
 		Heartbeat:   30 * time.Second,
@@ -80,6 +85,9 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve the API on `ADDR`: host:port on loopback, or unix:PATH; repeatable")
 	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "keep log, policy slots and identity in `DIR`")
 	fs.StringVar(&c.Policy, "policy", c.Policy, "use policy `BUNDLE` while no release is active")
+	fs.DurationVar(&c.PolicyGood, "policy-health-window", c.PolicyGood, "a policy in force for `TIME` is known good: a later one that fails falls back to it")
+	fs.DurationVar(&c.PolicyWatch, "policy-shadow", c.PolicyWatch, "evaluate a release's policy beside the one in force for `TIME` before it decides; 0: at once")
+	fs.StringArrayVar(&c.FailOpen, "allow-fail-open", c.FailOpen, "let policies come into force that allow a denied call when `FIELD` (such as /params/header) is left out; recorded; repeatable")
 	fs.StringVar(&c.Tools, "tools", c.Tools, "define tools by `FILE` (default: tool.echo only)")
 	fs.StringVar(&c.Durability, "durability", c.Durability, "`strict` (decision on disk before its effect) or batched (within --sync-interval)")
 	fs.DurationVar(&c.Sync, "sync-interval", c.Sync, "longest time a decision is only in memory, with --durability batched")
@@ -158,6 +166,15 @@ func (c *Config) Validate() error {
 	}
 	if c.Heartbeat != 0 && (c.Heartbeat < 100*time.Millisecond || c.Heartbeat > 24*time.Hour) {
 		fault("--heartbeat-interval is %s, want 0 or 100ms to 24h", c.Heartbeat)
+	}
+	if c.PolicyGood < 0 || c.PolicyGood > 30*24*time.Hour {
+		fault("--policy-health-window is %s, want 0 to 720h", c.PolicyGood)
+	}
+	if c.PolicyWatch < 0 || c.PolicyWatch > 30*24*time.Hour {
+		fault("--policy-shadow is %s, want 0 to 720h", c.PolicyWatch)
+	}
+	if err := prepared.CheckOverrides(c.FailOpen); err != nil {
+		fault("--allow-fail-open: %w", err)
 	}
 	if c.MinLevel != "none" && c.MinLevel != "reduced" && c.MinLevel != "full" {
 		fault("--assurance-min is %q, want none, reduced or full", c.MinLevel)

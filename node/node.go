@@ -128,12 +128,16 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err
 	}
 	defer func() { err = errors.Join(err, n.wal.Close()) }()
+	defer n.slots.Close()
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
 		Refuse: n.refused,
 	})
 	if err := n.connect(); err != nil {
+		return err
+	}
+	if err := n.admitLocal(ctx); err != nil {
 		return err
 	}
 	unknown, err := n.pipeline.Recover(ctx)
@@ -349,44 +353,6 @@ func (n *node) provisioning() func(done, total int64) {
 	}
 }
 
-func (n *node) loadPolicy(ctx context.Context) error {
-	var err error
-	n.slots, n.faults, err = prepared.OpenSlots(ctx, filepath.Join(n.cfg.StateDir, "policy"), prepared.SlotsOptions{})
-	if err != nil {
-		return err
-	}
-	for _, f := range n.faults {
-		n.log.Error("policy slot damaged", "slot", f.Slot, "why", f.Why, "replacement", f.Replacement)
-	}
-	if n.cfg.Policy == "" {
-		return nil
-	}
-	b, err := prepared.ReadBundleFile(n.cfg.Policy, prepared.Limits{})
-	if err != nil {
-		return run.Exit(run.Usage, fmt.Errorf("--policy: %w", err))
-	}
-	p, err := prepared.Compile(ctx, b)
-	if err != nil {
-		return run.Exit(run.Usage, fmt.Errorf("--policy %s: %w", n.cfg.Policy, err))
-	}
-	n.local = &prepared.Active{Program: p, Meta: prepared.Meta{
-		Digest: b.Digest, Ref: b.Ref(), Version: b.Version, Source: prepared.SourceLocal, ActivatedAt: n.started}}
-	return nil
-}
-
-// Current is the policy in force: the active slot, or the operator's file while
-// no release was ever activated. A damaged slot is no reason to take the file:
-// then there is none, and calls are denied.
-func (n *node) Current() *prepared.Active {
-	if a := n.slots.Current(); a != nil {
-		return a
-	}
-	if len(n.faults) == 0 {
-		return n.local
-	}
-	return nil
-}
-
 func (n *node) loadTools() (*tool.Registry, error) {
 	o := tool.Options{Logger: n.log}
 	if n.cfg.Tools == "" {
@@ -491,12 +457,7 @@ func (n *node) noteStart(unknown int) {
 		"version": run.Version, "durability": n.cfg.Durability, "assurance": n.report.Load().Level, "listen": n.addrs,
 		"recovered_records": n.recovery.Records, "outcome_unknown": unknown,
 	})
-	for _, f := range n.faults {
-		n.note(wal.ClassError, event.PolicyFallback, f)
-	}
-	if a := n.Current(); a != nil && a.Meta.Source == prepared.SourceLocal {
-		n.note(wal.ClassLifecycle, event.PolicyLoaded, a.Meta)
-	}
+	n.notePolicy()
 	if unknown > 0 {
 		n.log.Warn("calls were cut off before their outcome was recorded", "count", unknown)
 	}
@@ -667,12 +628,7 @@ func (n *node) writeMetrics(w io.Writer) {
 	metrics.WriteCounterUint64(w, "autonomy_node_wal_syncs_total", st.Syncs)
 	metrics.WriteCounterUint64(w, "autonomy_node_wal_synced_records_total", st.SyncedRecords)
 	metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_assurance_level{level=%q}`, n.report.Load().Level), 1)
-	policy := uint64(0)
-	if n.Current() != nil {
-		policy = 1
-	}
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_active", policy)
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_slot_faults", uint64(len(n.faults)))
+	n.policyMetrics(w)
 	metrics.WriteProcessMetrics(w)
 }
 

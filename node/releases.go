@@ -51,7 +51,7 @@ func (n *node) connectReleases() error {
 	n.poller, err = release.New(release.Options{
 		CP: n.client, Fetch: release.Registry{Client: content}, Keyring: n.keyring, Artifact: artifacts, Slots: n.slots,
 		Dir: filepath.Join(n.cfg.StateDir, "release"), NodeID: n.id, Channel: n.cfg.Channel, Interval: n.cfg.Poll,
-		Runtime: run.Version, Logger: n.log,
+		Runtime: run.Version, Logger: n.log, Admit: n.admit, Shadow: n.cfg.PolicyWatch,
 		Note: func(eventType string, body any) { n.note(wal.ClassLifecycle, eventType, body) },
 	})
 	if err != nil {

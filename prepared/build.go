@@ -28,13 +28,17 @@ type BuildOptions struct {
 	Version         string // semantic version
 	RequiresRuntime string // constraints on the runtime's version; empty: any
 	Entrypoint      string // default autonomy/decision, else autonomy/allow
-	Limits          Limits
+	// AllowFailOpen goes into the manifest: fields of the input (JSON Pointers)
+	// that may be left out to make a denied call an allowed one.
+	AllowFailOpen []string
+	Limits        Limits
 }
 
 // BuildBundle packs the policy in dir: every *.rego except tests (_test.rego),
-// and data.json, data.yaml or data.yml, which become data.json. Directories
-// whose name begins with a dot, and examples/ and inputs/ at the top, are left
-// out. A data file in a subdirectory lands under its path, as in OPA.
+// data.json, data.yaml or data.yml, which become data.json, and the sample calls
+// examples/*.json and inputs/*.json, for the node's fail-open probe. Directories
+// whose name begins with a dot are left out. A data file in a subdirectory lands
+// under its path, as in OPA. BuildBundle does not probe: Probe does.
 //
 // The same files and options give the same bytes, on every machine, for one Go
 // release (its compress/gzip). The bundle is read back and compiled before it is
@@ -58,7 +62,7 @@ func BuildBundle(dir string, o BuildOptions) ([]byte, error) {
 	}
 	version := 1
 	m := manifest{Revision: o.Version, RegoVersion: &version, Roots: owned,
-		Metadata: manifestMetadata{autonomy: autonomyMetadata{o.Name, o.Version, o.RequiresRuntime, o.Entrypoint}}}
+		Metadata: manifestMetadata{autonomy: autonomyMetadata{o.Name, o.Version, o.RequiresRuntime, o.Entrypoint, o.AllowFailOpen}}}
 	if err := m.Metadata.autonomy.check(); err != nil {
 		return nil, fmt.Errorf("build %s: %w", dir, err)
 	}
@@ -66,7 +70,8 @@ func BuildBundle(dir string, o BuildOptions) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	raw, err := pack(append([]file{{manifestName, append(mf, '\n')}}, files...))
+	packed := append([]file{{manifestName, append(mf, '\n')}}, files...)
+	raw, err := pack(append(packed, src.examples...))
 	if err != nil {
 		return nil, err
 	}
@@ -146,13 +151,8 @@ const testSuffix = "_test.rego"
 
 // source is a policy directory.
 type source struct {
-	files  []file   // *.rego with tests, data.json; by name
-	inputs []sample // examples/*.json, inputs/*.json
-}
-
-type sample struct {
-	name string
-	data []byte
+	files    []file // *.rego with tests, data.json; by name
+	examples []file // examples/*.json, inputs/*.json; by name
 }
 
 // loadDir reads a policy directory within the limits of a bundle. Symbolic
@@ -181,9 +181,9 @@ func loadDir(dir string, l Limits) (*source, error) {
 			return nil
 		}
 		base, top := path.Base(name), strings.SplitN(name, "/", 2)[0]
-		isInput := top == "examples" || top == "inputs"
+		apart := top == "examples" || top == "inputs" // sample calls, and nothing of the policy
 		isData := base == "data.json" || base == "data.yaml" || base == "data.yml"
-		if !(isInput && path.Ext(base) == ".json") && (isInput || !isData && path.Ext(base) != regoExt) {
+		if apart && !isExample(name) || !apart && !isData && path.Ext(base) != regoExt {
 			return nil
 		}
 		f, err := root.Open(name)
@@ -206,8 +206,8 @@ func loadDir(dir string, l Limits) (*source, error) {
 			return fmt.Errorf("the files in %s have over %d bytes, the limit for a bundle", dir, l.MaxTotalBytes)
 		}
 		switch {
-		case isInput:
-			src.inputs = append(src.inputs, sample{name, content})
+		case apart:
+			src.examples = append(src.examples, file{name, content})
 		case isData:
 			at := path.Dir(name)
 			if other, ok := data[at]; ok {
@@ -231,7 +231,9 @@ func loadDir(dir string, l Limits) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(src.files, func(a, b file) int { return strings.Compare(a.name, b.name) })
+	for _, files := range [][]file{src.files, src.examples} {
+		slices.SortFunc(files, func(a, b file) int { return strings.Compare(a.name, b.name) })
+	}
 	if !slices.ContainsFunc(src.files, func(f file) bool {
 		return path.Ext(f.name) == regoExt && !strings.HasSuffix(f.name, testSuffix)
 	}) {
@@ -253,18 +255,4 @@ func yamlToJSON(in []byte) ([]byte, error) {
 		return nil, fmt.Errorf("a key that is no string, or a value that JSON has not: %w", err)
 	}
 	return append(out, '\n'), nil
-}
-
-// Inputs are the example inputs in a policy directory: examples/*.json and
-// inputs/*.json.
-func Inputs(dir string) (names []string, inputs [][]byte, err error) {
-	src, err := loadDir(dir, DefaultLimits)
-	if err != nil {
-		return nil, nil, err
-	}
-	for _, s := range src.inputs {
-		names = append(names, s.name)
-		inputs = append(inputs, s.data)
-	}
-	return names, inputs, nil
 }

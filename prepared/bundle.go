@@ -31,7 +31,8 @@ import (
 // manifest is not one that this package takes.
 var ErrBundle = errors.New("policy bundle refused")
 
-// Limits bound what ReadBundle unpacks. A zero field takes the default.
+// Limits bound what ReadBundle unpacks. A zero field takes the default. The
+// depth of data.json, examples and manifest is bounded by strictjson.MaxDepth.
 type Limits struct {
 	MaxBytes      int64 // size of the compressed file; default 4 MiB
 	MaxTotalBytes int64 // sum of all files unpacked; default 32 MiB
@@ -46,7 +47,8 @@ const (
 	ratioFloor   = 1 << 20  // unpacked bytes below which MaxRatio is not judged: small files compress well
 	maxPadding   = 64 << 10 // zero bytes after the end of the tar archive; GNU tar pads to 10 KiB
 	maxPathBytes = 255      // length of a path in the archive
-	maxTextBytes = 256      // length of name, version, revision, entrypoint, requires_runtime
+	maxTextBytes = 256      // length of name, version, revision, entrypoint, requires_runtime, one of allow_fail_open
+	maxOverrides = 64       // allow_fail_open
 	manifestName = ".manifest"
 	dataName     = "data.json"
 	regoExt      = ".rego"
@@ -79,7 +81,48 @@ type Bundle struct {
 	Digest          string // sha256: of Raw
 	Raw             []byte // the file as it was read; not to be changed
 
-	parsed *bundle.Bundle
+	// Examples are sample calls, by name: the fail-open probe asks the policy
+	// about them before it comes into force. They are no data of the policy.
+	Examples []Example
+	// AllowFailOpen are the fields (JSON Pointers) that the author has said may
+	// be left out to make a denied call an allowed one.
+	AllowFailOpen []string
+
+	parsed *bundle.Bundle // nil: see content
+}
+
+// content is what the files of b hold, for reading. A Program keeps its bundle
+// without it, as data and rules are several times as large as Raw and lie in the
+// program in another form; Explain and LintBundle then read Raw again.
+func (b *Bundle) content() (*bundle.Bundle, error) {
+	if b.parsed != nil {
+		return b.parsed, nil
+	}
+	again, err := readBundle(b.Raw, Limits{MaxBytes: int64(len(b.Raw)), MaxTotalBytes: 1 << 40, MaxRatio: 1 << 40, MaxEntries: 1 << 30})
+	if err != nil {
+		return nil, err // Raw was changed: it has been read before
+	}
+	return again.parsed, nil
+}
+
+// light is b without its content.
+func (b *Bundle) light() *Bundle {
+	l := *b
+	l.parsed = nil
+	return &l
+}
+
+// Example is a sample call.
+type Example struct {
+	Name  string // its file in the bundle, "inputs/deny_host.json"
+	Input []byte // a JSON object
+}
+
+// isExample reports whether a file of a policy directory or a bundle is a sample
+// call: *.json below examples/ or inputs/ at the top.
+func isExample(name string) bool {
+	top, _, below := strings.Cut(name, "/")
+	return below && (top == "examples" || top == "inputs") && path.Ext(name) == ".json"
 }
 
 // Ref is name@version, the form that records and status use.
@@ -131,8 +174,9 @@ func readRegular(name string, limit int64) ([]byte, error) {
 // the gzip checksum and takes trailing bytes, paths with "..", an archive
 // without a manifest, and an unbounded total. Taken are one gzip member with
 // nothing behind it, holding regular files (and directories) with clean
-// relative names, each once: .manifest, *.rego, data.json. OPA's reader is then
-// fed those files, not the archive.
+// relative names, each once: .manifest, *.rego, data.json, and sample calls in
+// examples/ or inputs/. OPA's reader is then fed those files, not the archive,
+// and not the sample calls.
 //
 // Every error wraps ErrBundle.
 func ReadBundle(raw []byte, l Limits) (*Bundle, error) {
@@ -152,14 +196,24 @@ func readBundle(raw []byte, l Limits) (*Bundle, error) {
 	if err != nil {
 		return nil, err
 	}
+	var examples []Example
+	policy := make([]file, 0, len(files))
 	for _, f := range files {
-		if path.Base(f.name) == dataName {
+		if isExample(f.name) || path.Base(f.name) == dataName {
 			if err := strictjson.CheckObject(f.data); err != nil {
 				return nil, fmt.Errorf("%s: %w", f.name, err)
 			}
 		}
+		if !isExample(f.name) {
+			policy = append(policy, f)
+			continue
+		}
+		if len(f.data) > MaxInputBytes {
+			return nil, fmt.Errorf("%s: a sample call has over %d bytes, which no node takes", f.name, MaxInputBytes)
+		}
+		examples = append(examples, Example{f.name, f.data})
 	}
-	parsed, err := bundle.NewCustomReader(&memLoader{files: files}).
+	parsed, err := bundle.NewCustomReader(&memLoader{files: policy}).
 		WithSkipBundleVerification(true). // signatures are over the whole file: package verify
 		WithCapabilities(capabilities()).
 		WithRegoVersion(ast.RegoV1).
@@ -174,7 +228,7 @@ func readBundle(raw []byte, l Limits) (*Bundle, error) {
 	b := &Bundle{
 		Name: m.Metadata.autonomy.Name, Version: m.Metadata.autonomy.Version, Revision: m.Revision,
 		Entrypoint: m.Metadata.autonomy.Entrypoint, RequiresRuntime: m.Metadata.autonomy.RequiresRuntime,
-		Digest: Digest(raw), Raw: raw, parsed: &parsed,
+		Digest: Digest(raw), Raw: raw, Examples: examples, AllowFailOpen: m.Metadata.autonomy.AllowFailOpen, parsed: &parsed,
 	}
 	if b.Entrypoint == "" {
 		b.Entrypoint = defaultEntrypoint(parsed.Modules)
@@ -251,11 +305,13 @@ func unpack(raw []byte, l Limits) ([]file, error) {
 		}
 		seen[name] = true
 		switch base := path.Base(name); {
-		case name == manifestName, base == dataName, path.Ext(base) == regoExt:
+		case isExample(name) && base == dataName:
+			return nil, fmt.Errorf("%q: examples/ and inputs/ hold sample calls, not data of the policy; move it or give it another name", name)
+		case name == manifestName, base == dataName, path.Ext(base) == regoExt, isExample(name):
 		case base == ".signatures.json":
 			return nil, fmt.Errorf("%q: OPA bundle signatures are not used here; sign the whole file with \"autonomy sign\"", name)
 		default:
-			return nil, fmt.Errorf("%q does not belong in a bundle: want .manifest, *.rego and data.json; \"autonomy policy build\" makes one", name)
+			return nil, fmt.Errorf("%q does not belong in a bundle: want .manifest, *.rego, data.json, and sample calls in inputs/*.json; \"autonomy policy build\" makes one", name)
 		}
 		if h.Size > l.MaxTotalBytes-size {
 			return nil, fmt.Errorf("the archive unpacks to over %d bytes", l.MaxTotalBytes)
@@ -365,10 +421,11 @@ type manifestMetadata struct {
 }
 
 type autonomyMetadata struct {
-	Name            string `json:"name"`
-	Version         string `json:"version"`
-	RequiresRuntime string `json:"requires_runtime,omitempty"`
-	Entrypoint      string `json:"entrypoint,omitempty"`
+	Name            string   `json:"name"`
+	Version         string   `json:"version"`
+	RequiresRuntime string   `json:"requires_runtime,omitempty"`
+	Entrypoint      string   `json:"entrypoint,omitempty"`
+	AllowFailOpen   []string `json:"allow_fail_open,omitempty"`
 }
 
 func (m *manifestMetadata) UnmarshalJSON(data []byte) error {
@@ -443,6 +500,20 @@ func (a autonomyMetadata) check() error {
 	}
 	if a.Entrypoint != "" && (len(a.Entrypoint) > maxTextBytes || !entryPattern.MatchString(a.Entrypoint)) {
 		return fmt.Errorf("entrypoint %q: want package and rule as a path, for example autonomy/decision", a.Entrypoint)
+	}
+	return CheckOverrides(a.AllowFailOpen)
+}
+
+// CheckOverrides says whether fields are what an override of the fail-open probe
+// may name: at most 64 JSON Pointers such as /params/header.
+func CheckOverrides(fields []string) error {
+	if len(fields) > maxOverrides {
+		return fmt.Errorf("allow_fail_open names %d fields, at most %d", len(fields), maxOverrides)
+	}
+	for _, f := range fields {
+		if len(f) > maxTextBytes || !strings.HasPrefix(f, "/") || !utf8.ValidString(f) || strings.ContainsFunc(f, func(r rune) bool { return r < 0x20 || r == 0x7f }) {
+			return fmt.Errorf("allow_fail_open: %.80q, want a field of the input as a JSON Pointer, for example /params/header", f)
+		}
 	}
 	return nil
 }

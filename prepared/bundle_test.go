@@ -198,7 +198,7 @@ func TestBuildBundleIsDeterministic(t *testing.T) {
 	for _, f := range got {
 		names = append(names, f.name)
 	}
-	if s := strings.Join(names, " "); s != ".manifest a.rego b/b.rego data.json" {
+	if s := strings.Join(names, " "); s != ".manifest a.rego b/b.rego data.json inputs/x.json" {
 		t.Errorf("packed %s", s)
 	}
 	b, err := ReadBundle(one, Limits{})
@@ -267,6 +267,7 @@ func TestReadBundleFileWantsARegularFile(t *testing.T) {
 
 func FuzzReadBundle(f *testing.F) {
 	f.Add(archive(f, entry{name: ".manifest", body: goodManifest}, entry{name: "p.rego", body: allowAll}))
+	f.Add(archive(f, entry{name: ".manifest", body: goodManifest}, entry{name: "p.rego", body: allowAll}, entry{name: "inputs/a.json", body: `{"kind":"k"}`}))
 	f.Add(archive(f))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		b, err := ReadBundle(raw, Limits{MaxTotalBytes: 1 << 20, MaxEntries: 16})

@@ -8,13 +8,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/metrics"
 	"github.com/open-policy-agent/opa/v1/rego"
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
+
+	"github.com/autonomyops/autonomy/prepared/irvm"
 )
 
 // ErrCompile is wrapped by every error of Compile: the bundle can be read, but
@@ -65,7 +66,9 @@ type Program struct {
 	query    rego.PreparedEvalQuery
 	options  []rego.EvalOption // those that are the same for every evaluation
 	usesTime bool              // calls time.now_ns
-	timeout  time.Duration     // EvalTimeout; less in tests
+	limits   irvm.Limits       // with all fields set
+	vm       *irvm.Program     // without a plan where the interpreter has to do it all
+	engine   engine
 }
 
 // Bundle is what the program was compiled from.
@@ -76,27 +79,36 @@ func (p *Program) Bundle() *Bundle { return p.bundle }
 // without `import rego.v2` (see the package comment), rules and data at one
 // path, and a bundle that does not define its entrypoint.
 func Compile(ctx context.Context, b *Bundle) (*Program, error) {
-	p, err := compile(ctx, b)
+	return CompileWith(ctx, b, Options{})
+}
+
+// CompileWith is Compile with options.
+func CompileWith(ctx context.Context, b *Bundle, o Options) (*Program, error) {
+	p, err := compile(ctx, b, o)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCompile, err)
 	}
 	return p, nil
 }
 
-func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
+func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			p, err = nil, fmt.Errorf("the compiler panicked: %v", r)
 		}
 	}()
-	if b == nil || b.parsed == nil {
+	if b == nil || b.Raw == nil {
 		return nil, errors.New("the bundle was not made by ReadBundle")
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	modules := make(map[string]*ast.Module, len(b.parsed.Modules))
-	for _, m := range b.parsed.Modules {
+	parsed, err := b.content()
+	if err != nil {
+		return nil, err
+	}
+	modules := make(map[string]*ast.Module, len(parsed.Modules))
+	for _, m := range parsed.Modules {
 		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
 	}
 	if faults := checkModules(modules); len(faults) > 0 {
@@ -105,7 +117,7 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 
 	// One store per program, holding AST values, never written again. The one
 	// read transaction lives as long as the program and is freed with it.
-	store := inmem.NewFromObjectWithOpts(b.parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	store := inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
 	txn, err := store.NewTransaction(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open data: %w", err)
@@ -126,7 +138,7 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 		return nil, fmt.Errorf("no rule %s%s: define it, or name another as the entrypoint%s",
 			either, entry, nearest(b.Entrypoint, entrypoints(modules)))
 	}
-	query, err := rego.New(
+	asked := []func(*rego.Rego){
 		rego.ParsedQuery(ast.NewBody(ast.NewExpr(ast.NewTerm(entry)))),
 		rego.Compiler(c),
 		rego.Capabilities(capabilities()),
@@ -134,8 +146,8 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 		rego.Transaction(txn),
 		rego.StrictBuiltinErrors(true),
 		rego.SetRegoVersion(ast.RegoV1),
-		rego.Target("rego"),
-	).PrepareForEval(ctx)
+	}
+	query, err := rego.New(append(asked, rego.Target("rego"))...).PrepareForEval(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -143,14 +155,37 @@ func compile(ctx context.Context, b *Bundle) (p *Program, err error) {
 	if c.Required != nil {
 		usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
 	}
-	return &Program{
-		bundle: b, query: query, usesTime: usesTime, timeout: EvalTimeout,
+	p = &Program{
+		bundle: b.light(), query: query, usesTime: usesTime, limits: o.Limits.WithDefaults(),
 		options: []rego.EvalOption{
 			rego.EvalTransaction(txn),
 			rego.EvalMetrics(metrics.NoOp()),
 			rego.EvalGenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
 		},
-	}, nil
+	}
+	p.engine.every, p.engine.report = uint64(max(0, o.SelfCheck)), o.OnMismatch
+	p.vm, err = lower(ctx, parsed.Data, o, asked)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		p.vm = irvm.Empty(o.Limits)
+		p.engine.leave(err.Error())
+	}
+	return p, nil
+}
+
+// lower compiles the plan of the query. The error is the reason for which the
+// interpreter must evaluate it.
+func lower(ctx context.Context, data map[string]any, o Options, asked []func(*rego.Rego)) (*irvm.Program, error) {
+	if o.Engine == EngineTopdown {
+		return nil, errors.New("it was asked for")
+	}
+	plan, err := irvm.Plan(ctx, asked...)
+	if err != nil {
+		return nil, fmt.Errorf("OPA has no plan for this policy: %w", err)
+	}
+	return irvm.Compile(plan, data, irvm.Options{Limits: o.Limits, Capabilities: capabilities()})
 }
 
 // entryRef turns "autonomy/decision" into data.autonomy.decision.

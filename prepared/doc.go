@@ -6,8 +6,11 @@
 //	directory of .rego and data  --BuildBundle-->  bundle bytes (tar.gz)
 //	bundle bytes   --ReadBundle-->  *Bundle   checked archive, manifest, parsed
 //	*Bundle        --Compile----->  *Program  ready to evaluate
+//	*Program       --Probe------->  refused, when leaving out a field turns a deny into an allow
+//	*Program       --Slots.Stage-->     candidate: evaluated beside the one in force, answers nobody
 //	*Program       --Slots.Activate-->  in force, on disk as active, former as lkg
 //	*Program       --Eval-------->  Decision
+//	*Program, recorded input  --Explain-->  which rules, lines and values made it
 //
 // What is refused is refused early: an archive that two readers could read in
 // two ways does not become a Bundle, and a bundle whose decision could depend
@@ -42,7 +45,9 @@
 // # Concurrency
 //
 // Bundle and Program are immutable and safe for concurrent use. Slots.Current
-// is one atomic load and never blocks; Activate and Rollback exclude each other.
+// is one atomic load and never blocks; what changes the slots excludes each other.
+// A caller that asks what Current gave it gets its answer from exactly that
+// version, however often the slots are swapped meanwhile.
 //
 // # Units
 //

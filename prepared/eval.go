@@ -2,15 +2,15 @@ package prepared
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/rego"
 	"github.com/open-policy-agent/opa/v1/topdown"
+
+	"github.com/autonomyops/autonomy/prepared/irvm"
 )
 
 // What an evaluation can end in besides a decision. Each denies the call.
@@ -18,13 +18,8 @@ var (
 	ErrUndefined  = errors.New("policy gives no answer")                  // the entrypoint is undefined for this input
 	ErrEvaluation = errors.New("policy evaluation failed")                // a builtin failed, rules conflict, a panic, an input that is not strict JSON
 	ErrResult     = errors.New("policy answer refused")                   // unknown field, wrong type, out of range
-	ErrBudget     = errors.New("policy evaluation stopped by its budget") // the context ended, EvalTimeout, MaxInputBytes
+	ErrBudget     = errors.New("policy evaluation stopped by its budget") // the context ended, Limits, MaxInputBytes
 )
-
-// EvalTimeout stops an evaluation that runs away. It is generous on purpose: a
-// tight deadline on the wall clock turns a busy machine into false denials. A
-// single builtin call is not interrupted; MaxInputBytes bounds it.
-const EvalTimeout = 10 * time.Second
 
 // Eval asks the policy about one call. input is the JSON object that the node
 // records: the decision is a function of exactly these bytes and the bundle.
@@ -32,21 +27,33 @@ const EvalTimeout = 10 * time.Second
 // With any error the Decision is its zero value, which denies; the error wraps
 // one of ErrUndefined, ErrEvaluation, ErrResult and ErrBudget. Eval keeps no
 // reference to input.
-func (p *Program) Eval(ctx context.Context, input []byte) (d Decision, err error) {
+func (p *Program) Eval(ctx context.Context, input []byte) (Decision, error) {
+	var d Decision
+	err := p.EvalInto(ctx, &d, input)
+	return d, err
+}
+
+// EvalInto is Eval into a Decision that the caller has and uses again. It
+// overwrites dst and uses the slices in it again, Reasons, Redact, Approval and
+// those in Constraints: what a caller keeps of them it copies before the next
+// call with the same dst. Strings in dst are never written again and may be
+// kept. With an error *dst is the zero value.
+//
+// On the compiled engine it allocates nothing once a Decision like this one was
+// made before with the same dst, and the texts that the policy puts together
+// are among the last that it made. Reasons and Redact of a dst that was used
+// before are empty instead of nil where the policy gives none.
+func (p *Program) EvalInto(ctx context.Context, dst *Decision, input []byte) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			d, err = Decision{}, fmt.Errorf("%w: the evaluator panicked: %v", ErrEvaluation, r)
+			*dst, err = Decision{}, fmt.Errorf("%w: the evaluator panicked: %v", ErrEvaluation, r)
 		}
 	}()
-	v, err := p.eval(ctx, input)
-	if err != nil {
-		return Decision{}, err
+	if err := p.evalInto(ctx, dst, input); err != nil {
+		*dst = Decision{}
+		return err
 	}
-	d, err = decisionOf(v)
-	if err != nil {
-		return Decision{}, fmt.Errorf("%w: %w", ErrResult, err)
-	}
-	return d, nil
+	return nil
 }
 
 // Replay evaluates a recorded input again. It is Eval by another name: what was
@@ -55,43 +62,102 @@ func Replay(ctx context.Context, p *Program, input []byte) (Decision, error) {
 	return p.Eval(ctx, input)
 }
 
-func (p *Program) eval(ctx context.Context, input []byte) (ast.Value, error) {
+func (p *Program) evalInto(ctx context.Context, dst *Decision, input []byte) error {
 	if len(input) > MaxInputBytes {
-		return nil, fmt.Errorf("%w: the input has %d bytes, at most %d", ErrBudget, len(input), MaxInputBytes)
+		return fmt.Errorf("%w: the input has %d bytes, at most %d", ErrBudget, len(input), MaxInputBytes)
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrBudget, err)
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", ErrBudget, context.Cause(ctx))
 	}
-	in, err := parseInput(input)
+	m := p.vm.Machine(ctx)
+	defer m.Release()
+	in, err := m.Parse(input)
 	if err != nil {
-		return nil, fmt.Errorf("%w: input: %w", ErrEvaluation, err)
+		return machineError(err)
 	}
 	now, err := p.now(in)
 	if err != nil {
-		return nil, fmt.Errorf("%w: input: %w", ErrEvaluation, err)
+		return fmt.Errorf("%w: input: %w", ErrEvaluation, err)
 	}
+	if !p.compiled() {
+		return p.interpret(ctx, m, in, now, dst)
+	}
+	v, err := m.Eval(in, now)
+	switch {
+	case errors.Is(err, irvm.ErrRedo):
+		return p.interpret(ctx, m, in, now, dst)
+	case err != nil:
+		err = machineError(err)
+	default:
+		err = p.decide(m, v, dst)
+	}
+	if p.sampled() {
+		return p.selfCheck(ctx, m, in, now, dst, err)
+	}
+	return err
+}
 
+// machineError makes an error of this package of one of irvm's.
+func machineError(err error) error {
+	switch {
+	case errors.Is(err, irvm.ErrBudget):
+		return fmt.Errorf("%w: %w", ErrBudget, err)
+	default:
+		return fmt.Errorf("%w: %w", ErrEvaluation, err)
+	}
+}
+
+// decide reads the answer v into dst.
+func (p *Program) decide(m *irvm.Machine, v irvm.Value, dst *Decision) error {
+	if v.Kind() == irvm.Undefined {
+		return fmt.Errorf("%w: %s is undefined for this input", ErrUndefined, p.bundle.Entrypoint)
+	}
+	if err := (decoder{m}).decide(v, dst); err != nil {
+		return fmt.Errorf("%w: %w", ErrResult, err)
+	}
+	return nil
+}
+
+// interpret evaluates by OPA's interpreter. more options are for Explain, which
+// traces.
+func (p *Program) interpret(ctx context.Context, m *irvm.Machine, in irvm.Value, now int64, dst *Decision, more ...rego.EvalOption) error {
+	answer, err := p.topdown(ctx, in.AST(), time.Unix(0, now).UTC(), more...)
+	if err != nil || answer == nil {
+		if err == nil {
+			err = p.decide(m, irvm.Value{}, dst)
+		}
+		return err
+	}
+	v, err := m.FromAST(answer)
+	if err != nil {
+		return machineError(err)
+	}
+	return p.decide(m, v, dst)
+}
+
+// topdown is nil without an error for an undefined answer.
+func (p *Program) topdown(ctx context.Context, in ast.Value, now time.Time, more ...rego.EvalOption) (ast.Value, error) {
 	// One Cancel for the timeout and the context. OPA's own way is a goroutine
 	// per evaluation.
 	cancel := topdown.NewCancel()
-	timer := time.AfterFunc(p.timeout, cancel.Cancel)
+	timer := time.AfterFunc(p.limits.Time, cancel.Cancel)
 	defer timer.Stop()
 	if ctx.Done() != nil {
 		defer context.AfterFunc(ctx, cancel.Cancel)()
 	}
 	options := append(p.options[:len(p.options):len(p.options)],
 		rego.EvalParsedInput(in), rego.EvalTime(now), rego.EvalExternalCancel(cancel))
-	rs, err := p.query.Eval(ctx, options...)
+	rs, err := p.query.Eval(ctx, append(options, more...)...)
 	switch {
 	case err != nil && topdown.IsCancel(err):
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("%w: %w", ErrBudget, context.Cause(ctx))
 		}
-		return nil, fmt.Errorf("%w: over %s", ErrBudget, p.timeout)
+		return nil, fmt.Errorf("%w: over %s", ErrBudget, p.limits.Time)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrEvaluation, err)
 	case len(rs) == 0:
-		return nil, fmt.Errorf("%w: %s is undefined for this input", ErrUndefined, p.bundle.Entrypoint)
+		return nil, nil
 	case len(rs) > 1 || len(rs[0].Expressions) != 1:
 		return nil, fmt.Errorf("%w: %d answers, want one", ErrResult, len(rs))
 	}
@@ -104,22 +170,20 @@ func (p *Program) eval(ctx context.Context, input []byte) (ast.Value, error) {
 
 // now is what time.now_ns returns: the input's time_ns. It is never the wall
 // clock; a policy that asks for the time of an input without one is denied.
-func (p *Program) now(in ast.Value) (time.Time, error) {
+func (p *Program) now(in irvm.Value) (int64, error) {
 	if !p.usesTime {
-		return time.Unix(0, 0), nil
+		return 0, nil
 	}
-	obj := in.(ast.Object) // parseInput returns nothing else
-	t := obj.Get(ast.InternedTerm("time_ns"))
-	if t == nil {
-		return time.Time{}, errors.New("time_ns is missing and the policy calls time.now_ns")
+	v := in.Get("time_ns")
+	switch {
+	case v.Kind() == irvm.Undefined:
+		return 0, errors.New("time_ns is missing and the policy calls time.now_ns")
+	case !v.IsNumber():
+		return 0, fmt.Errorf("time_ns is %s, want nanoseconds since 1970", v.Kind())
 	}
-	n, ok := t.Value.(ast.Number)
+	ns, ok := v.Int64()
 	if !ok {
-		return time.Time{}, fmt.Errorf("time_ns is %s, want nanoseconds since 1970", ast.ValueName(t.Value))
+		return 0, fmt.Errorf("time_ns is %.40s, want nanoseconds since 1970", v.Text())
 	}
-	ns, err := json.Number(n).Int64()
-	if err != nil {
-		return time.Time{}, fmt.Errorf("time_ns is %.40s, want nanoseconds since 1970", strings.TrimSpace(string(n)))
-	}
-	return time.Unix(0, ns).UTC(), nil
+	return ns, nil
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/prepared/irvm"
 )
 
 // A builtin that panics, as a faulty one in OPA would.
@@ -103,8 +104,13 @@ func TestEvalFailsClosed(t *testing.T) {
 		if took := time.Since(start); took > 5*time.Second {
 			t.Errorf("stopped after %s", took)
 		}
-		slow.timeout = 30 * time.Millisecond
-		deny(t, slow, `{}`, ErrBudget, "over 30ms")
+		for _, engine := range []string{EngineCompiled, EngineTopdown} {
+			slow, err := CompileWith(t.Context(), slow.Bundle(), Options{Engine: engine, Limits: irvm.Limits{Time: 30 * time.Millisecond}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			deny(t, slow, `{}`, ErrBudget, "over 30ms")
+		}
 	})
 }
 
@@ -289,44 +295,10 @@ func TestNegation(t *testing.T) {
 	program(t, "package autonomy\n\nimport future.keywords.not\n\n"+rule)
 }
 
-func TestDropFieldProbe(t *testing.T) {
-	// Denies by what it sees: silent when the field is absent, or of a type that
-	// the rule does not expect.
-	open := program(t, `package autonomy
-
-default allow := true
-
-allow := false if startswith(input.params.path, "/etc/")
-
-allow := false if input.params.amount > 100
-`)
-	in := []byte(`{"kind":"tool.pay","params":{"amount":500,"list":[{"x":1}]}}`)
-	found, err := DropFieldProbe(t.Context(), open, [][]byte{[]byte(`{"kind":"tool.echo"}`), in})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []string
-	for _, f := range found {
-		if f.Input != 1 {
-			t.Errorf("%+v: the first input is allowed", f)
-		}
-		got = append(got, f.String())
-	}
-	want := []string{"/params removed", "/params null", "/params other type", "/params/amount removed", "/params/amount null"}
-	if !slices.Equal(got, want) {
-		t.Errorf("have %q\nwant %q", got, want)
-	}
-	for _, bad := range []string{`[]`, `{"a":1,"a":2}`, ``} {
-		if _, err := DropFieldProbe(t.Context(), open, [][]byte{[]byte(bad)}); err == nil {
-			t.Errorf("%q was taken", bad)
-		}
-	}
-}
-
 // TestQuickstart: the policy that a newcomer reads does what it says.
 func TestQuickstart(t *testing.T) {
 	p := quickstartProgram(t)
-	names, inputs, err := Inputs(quickstart)
+	names, inputs, err := exampleCalls(quickstart)
 	if err != nil || len(inputs) < 6 {
 		t.Fatalf("%d inputs, %v", len(inputs), err)
 	}
@@ -342,8 +314,8 @@ func TestQuickstart(t *testing.T) {
 			t.Errorf("%s: %d reasons: %v", names[i], len(d.Reasons), d.Reasons)
 		}
 	}
-	if found, err := DropFieldProbe(t.Context(), p, inputs); err != nil || len(found) > 0 {
-		t.Errorf("fails open: %v, %v", found, err)
+	if r, err := Probe(t.Context(), p, ProbeOptions{}); err != nil || r.Examples != len(inputs) || r.Probes < 100 || len(r.Found) > 0 {
+		t.Errorf("fails open: %+v, %v", r, err)
 	}
 	if found, err := Lint(t.Context(), quickstart, "", nil); err != nil || len(found) > 0 {
 		t.Errorf("lint: %v, %v", found, err)
@@ -370,7 +342,7 @@ func quickstartProgram(t testing.TB) *Program {
 // TestEvalConcurrently: one program, many callers, one answer each.
 func TestEvalConcurrently(t *testing.T) {
 	p := quickstartProgram(t)
-	_, inputs, err := Inputs(quickstart)
+	_, inputs, err := exampleCalls(quickstart)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -397,7 +369,7 @@ func TestEvalConcurrently(t *testing.T) {
 // do not depend on the machine.
 func TestEvalAllocations(t *testing.T) {
 	p := quickstartProgram(t)
-	_, inputs, err := Inputs(quickstart)
+	_, inputs, err := exampleCalls(quickstart)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -413,7 +385,7 @@ func TestEvalAllocations(t *testing.T) {
 
 func BenchmarkEval(b *testing.B) {
 	p := quickstartProgram(b)
-	names, inputs, err := Inputs(quickstart)
+	names, inputs, err := exampleCalls(quickstart)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -433,12 +405,16 @@ func BenchmarkEval(b *testing.B) {
 // it: encoding/json, EvalInput, default options. For the ratio to BenchmarkEval.
 func BenchmarkEvalPlain(b *testing.B) {
 	p := quickstartProgram(b)
-	_, inputs, err := Inputs(quickstart)
+	_, inputs, err := exampleCalls(quickstart)
 	if err != nil {
 		b.Fatal(err)
 	}
-	options := []func(*rego.Rego){rego.Query("data.autonomy.decision"), rego.Store(inmem.NewFromObject(p.bundle.parsed.Data))}
-	for _, m := range p.bundle.parsed.Modules {
+	content, err := p.bundle.content()
+	if err != nil {
+		b.Fatal(err)
+	}
+	options := []func(*rego.Rego){rego.Query("data.autonomy.decision"), rego.Store(inmem.NewFromObject(content.Data))}
+	for _, m := range content.Modules {
 		options = append(options, rego.Module(m.Path, string(m.Raw)))
 	}
 	query, err := rego.New(options...).PrepareForEval(context.Background())

@@ -99,4 +99,16 @@ func policyDir(t testing.TB, files map[string]string) string {
 	return dir
 }
 
+// exampleCalls are the sample calls of a policy directory.
+func exampleCalls(dir string) (names []string, inputs [][]byte, err error) {
+	src, err := loadDir(dir, DefaultLimits)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, e := range src.examples {
+		names, inputs = append(names, e.name), append(inputs, e.data)
+	}
+	return names, inputs, nil
+}
+
 func newGzip(w *bytes.Buffer) *gzip.Writer { return gzip.NewWriter(w) }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -36,6 +37,7 @@ const (
 	LintDefault    = "default"        // a rule that decides can be undefined
 	LintInput      = "unknown-input"  // input.x that no node sends: always undefined
 	LintResult     = "unknown-result" // a field of the answer that no node takes: always denied
+	LintReach      = "unreachable"    // a rule that the entrypoint never asks for
 	LintFormat     = "format"         // opa fmt would change the file
 	LintTests      = "no-tests"       // there is no _test.rego
 	LintFailOpen   = "fail-open"      // leaving out a field turns a deny into an allow
@@ -93,32 +95,68 @@ func Lint(ctx context.Context, dir, entrypoint string, allowFailOpen []string) (
 	if tests == 0 {
 		add(".", 0, LintTests, "no _test.rego: write one that allows a call and one that denies a call")
 	}
-	for name, m := range modules {
-		lintRefs(add, name, m)
-	}
-	if parsed {
-		entry := entrypoint
-		if entry == "" {
-			entry = entryOf(modules)
+	if !parsed {
+		for name, m := range modules {
+			lintRefs(add, name, m)
 		}
-		if entry == "" {
-			add(".", 0, LintEntrypoint, "no rule decision or allow in package autonomy: the node asks for data.autonomy.decision, or else data.autonomy.allow")
-		} else {
-			lintEntry(add, modules, entry)
-			lintBundle(ctx, add, &found, dir, src, entrypoint, allowFailOpen)
-		}
+		return inOrder(found), nil
 	}
+	entry := entrypoint
+	if entry == "" {
+		entry = entryOf(modules)
+	}
+	lintModules(add, modules, entry)
+	if entry == "" {
+		add(".", 0, LintEntrypoint, "no rule decision or allow in package autonomy: the node asks for data.autonomy.decision, or else data.autonomy.allow")
+	} else {
+		lintBuilt(ctx, add, &found, dir, entrypoint, allowFailOpen)
+	}
+	return inOrder(found), nil
+}
+
+// LintBundle says what is likely to be wrong with a bundle that compiles: a rule
+// that is never reached, an input field that no node sends, an answer that can be
+// undefined or that no node takes. It is for a warning at load; Lint is for the
+// author, who has the directory with its tests.
+func LintBundle(b *Bundle) []Finding {
+	content, err := b.content()
+	if err != nil {
+		return nil // it compiles, so it can be read
+	}
+	modules := make(map[string]*ast.Module, len(content.Modules))
+	for _, m := range content.Modules {
+		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
+	}
+	var found []Finding
+	lintModules(func(file string, line int, rule, msg string, args ...any) {
+		found = append(found, Finding{file, line, rule, fmt.Sprintf(msg, args...)})
+	}, modules, b.Entrypoint)
+	return inOrder(found)
+}
+
+func inOrder(found []Finding) []Finding {
 	slices.SortStableFunc(found, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Message, b.Message))
 	})
-	return slices.Compact(found), nil
+	return slices.Compact(found)
+}
+
+// lintModules are the findings that need the modules only.
+func lintModules(add addFinding, modules map[string]*ast.Module, entry string) {
+	for name, m := range modules {
+		lintRefs(add, name, m)
+	}
+	if entry != "" {
+		lintEntry(add, modules, entry)
+		lintReach(add, modules, entry)
+	}
 }
 
 type addFinding func(file string, line int, rule, msg string, args ...any)
 
-// lintBundle builds and compiles, and probes with the example inputs.
-func lintBundle(ctx context.Context, add addFinding, found *[]Finding, dir string, src *source, entrypoint string, allowFailOpen []string) {
-	raw, err := BuildBundle(dir, BuildOptions{Name: "lint", Version: "0.0.0", Entrypoint: entrypoint})
+// lintBuilt builds and compiles, and probes with the sample calls.
+func lintBuilt(ctx context.Context, add addFinding, found *[]Finding, dir, entrypoint string, allowFailOpen []string) {
+	raw, err := BuildBundle(dir, BuildOptions{Name: "lint", Version: "0.0.0", Entrypoint: entrypoint, AllowFailOpen: allowFailOpen})
 	var b *Bundle
 	if err == nil {
 		b, err = ReadBundle(raw, Limits{})
@@ -131,15 +169,53 @@ func lintBundle(ctx context.Context, add addFinding, found *[]Finding, dir strin
 		addErrors(found, ".", err)
 		return
 	}
-	for _, s := range src.inputs {
-		open, err := DropFieldProbe(ctx, p, [][]byte{s.data})
-		if err != nil {
-			add(s.name, 0, LintFailOpen, "the fail-open probe cannot use this input: %s", err)
+	r, err := Probe(ctx, p, ProbeOptions{})
+	if err != nil {
+		add(".", 0, LintFailOpen, "%s", err)
+	}
+	for _, f := range r.Refused() {
+		add(f.Call, 0, LintFailOpen, "%s", strings.TrimPrefix(f.String(), f.Call+": "))
+	}
+}
+
+// lintReach finds rules that the entrypoint never asks for, by the compiler's
+// graph of dependencies. A policy that does not compile has none.
+func lintReach(add addFinding, modules map[string]*ast.Module, entry string) {
+	c := ast.NewCompiler().WithCapabilities(capabilities()).WithDefaultRegoVersion(ast.RegoV1)
+	if c.Compile(modules); c.Failed() { // works on copies
+		return
+	}
+	reached := map[string]bool{}
+	queue := c.GetRulesWithPrefix(entryRef(entry))
+	for len(queue) > 0 {
+		r := queue[len(queue)-1]
+		queue = queue[:len(queue)-1]
+		if reached[r.Ref().String()] {
+			continue
 		}
-		for _, f := range open {
-			if !slices.Contains(allowFailOpen, f.Field) {
-				add(s.name, 0, LintFailOpen, "denied as it stands, allowed with %s %s", f.Field, f.Change)
+		// All rules of one name decide together, and only those that have a body
+		// depend on something.
+		for _, same := range c.GetRulesExact(r.Ref().GroundPrefix()) {
+			reached[same.Ref().String()] = true
+			for ; same != nil; same = same.Else {
+				for d := range c.Graph.Dependencies(same) {
+					if rule, ok := d.(*ast.Rule); ok && !reached[rule.Ref().String()] {
+						queue = append(queue, rule)
+					}
+				}
 			}
+		}
+		reached[r.Ref().String()] = true
+	}
+	told := map[string]bool{}
+	for _, name := range slices.Sorted(maps.Keys(c.Modules)) {
+		for _, r := range c.Modules[name].Rules {
+			ref := r.Ref().String()
+			if reached[ref] || told[ref] {
+				continue
+			}
+			told[ref] = true
+			add(name, r.Location.Row, LintReach, "%s is never asked for by %s, so it decides nothing: remove it, or use it where it should decide", ref, entryRef(entry))
 		}
 	}
 }

@@ -36,35 +36,117 @@ import (
 // crash after it is completed; see recover. At no moment does a slot hold a
 // bundle that was not verified where it lies.
 //
-// Memory holds the programs of both slots, so that a rollback needs no compile.
+// # Known good
+//
+// A policy is known good once it has been in force for SlotsOptions.HealthWindow
+// and answers: one that was asked and failed to evaluate every time is not. Only
+// such a policy displaces an LKG. When it is replaced before, it is dropped and
+// the LKG stays what it was; so two bad releases in a row cannot push the last
+// good one out. Any policy that served is better than no LKG at all.
+//
+// # Shadow
+//
+// A candidate (Stage) is evaluated beside the policy in force on a sample of
+// its calls. The answers are compared and counted, and never given to anybody;
+// see shadow. Promote puts the candidate in force, Discard drops it, and so does
+// every other change of the policy in force, with which it was compared. It lives in
+// memory only: after a start it has to be staged again.
+//
+// # Memory
+//
+// At most three programs live here: active, LKG, candidate. Readers hold what
+// they loaded; a program that was replaced is freed by the garbage collector when
+// the last evaluation with it has returned.
 type Slots struct {
 	dir   string
 	opt   SlotsOptions
-	state atomic.Pointer[slotState]
+	state atomic.Pointer[slotSet]
 
-	mu sync.Mutex // serialises Activate and Rollback
+	shadows context.Context // ends the evaluations of candidates
+	close   context.CancelFunc
+	running sync.WaitGroup // evaluations of candidates
+
+	mu sync.Mutex // serialises all that changes the set
 }
 
 // SlotsOptions configure OpenSlots.
 type SlotsOptions struct {
 	Limits Limits // for the bundles read back from disk; zero: DefaultLimits
+	// HealthWindow is how long a policy must have been in force to be known
+	// good, by the wall clock. 0: every policy that served is.
+	HealthWindow time.Duration
+	// ShadowEvery is the sample of calls on which a candidate is evaluated: one
+	// in so many. Default DefaultShadowEvery.
+	ShadowEvery int
+	// Compatible says whether this program can serve a bundle that is found in a
+	// slot: a slot may have been written by a newer version of it. nil: any.
+	Compatible func(*Bundle) error
 
 	step func(name string) error // tests: called before each step that changes the disk
+	now  func() time.Time        // tests
 }
 
-// slotState is immutable; Slots swaps whole ones.
-type slotState struct {
-	current *Active // what Current returns
-	active  *Active // what the active slot holds; nil: empty or damaged
-	lkg     *Active
-	faults  []Fallback
+// slotSet is immutable; Slots swaps whole ones.
+type slotSet struct {
+	current   *Active // what Current returns
+	active    *Active // what the active slot holds; nil: empty or damaged
+	lkg       *Active
+	candidate *Active // in shadow of current; nil: none
+	faults    []Fallback
 }
 
 // Active is a policy in force.
 type Active struct {
 	Program *Program
 	Meta    Meta
+
+	health *health // shared by all Actives of one activation; nil: not kept
+	shadow *shadow // beside it; nil: none
 }
+
+// Eval is Program.Eval for a call that is enforced: it also notes whether the
+// policy answers, and gives a sample of the calls to the candidate.
+func (a *Active) Eval(ctx context.Context, input []byte) (Decision, error) {
+	var d Decision
+	err := a.EvalInto(ctx, &d, input)
+	return d, err
+}
+
+// EvalInto is to Program.EvalInto what Eval is to Program.Eval.
+func (a *Active) EvalInto(ctx context.Context, dst *Decision, input []byte) error {
+	err := a.Program.EvalInto(ctx, dst, input)
+	a.health.note(err)
+	if a.shadow != nil {
+		a.shadow.offer(input, dst, err)
+	}
+	return err
+}
+
+// health is what the evaluations say about a policy. Both flags are written
+// once: a hot path that only reads them shares their cache line.
+type health struct {
+	answered, failed atomic.Bool
+}
+
+func (h *health) note(err error) {
+	if h == nil {
+		return
+	}
+	switch {
+	case err == nil:
+		if !h.answered.Load() {
+			h.answered.Store(true)
+		}
+	case errors.Is(err, ErrEvaluation), errors.Is(err, ErrResult):
+		if !h.failed.Load() {
+			h.failed.Store(true)
+		}
+	}
+}
+
+// good: a caller that sends what the policy fails on does not make it bad, as
+// long as it answers somebody.
+func (h *health) good() bool { return h == nil || h.answered.Load() || !h.failed.Load() }
 
 // Where a bundle came from.
 const (
@@ -106,13 +188,16 @@ const (
 	none         = "none"
 )
 
-// ErrNoLKG is returned by Rollback when there is nothing to go back to.
-var ErrNoLKG = errors.New("no last known good policy")
+// What Rollback and Promote return when there is nothing to put in force.
+var (
+	ErrNoLKG       = errors.New("no last known good policy")
+	ErrNoCandidate = errors.New("no candidate policy")
+)
 
 // OpenSlots finishes or undoes an interrupted activation, reads both slots,
-// verifies their digests and compiles them. A damaged active slot is replaced
-// by the LKG in memory, a damaged LKG by nothing: Current is then nil and all
-// calls are denied. The disk is left as found, so that the damage can be looked
+// verifies their digests and compiles them. An active slot that is damaged, does
+// not compile or is not Compatible is replaced by the LKG in memory, such an LKG
+// by nothing: Current is then nil and all calls are denied. The disk is left as found, so that the damage can be looked
 // at; the next Activate replaces it. Each Fallback is for an event, a metric
 // and a line in status.
 //
@@ -122,6 +207,12 @@ func OpenSlots(ctx context.Context, dir string, o SlotsOptions) (*Slots, []Fallb
 	if o.step == nil {
 		o.step = func(string) error { return nil }
 	}
+	if o.now == nil {
+		o.now = time.Now
+	}
+	if o.ShadowEvery <= 0 {
+		o.ShadowEvery = DefaultShadowEvery
+	}
 	s := &Slots{dir: dir, opt: o}
 	if err := vfs.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("policy slots: %w", err)
@@ -130,7 +221,8 @@ func OpenSlots(ctx context.Context, dir string, o SlotsOptions) (*Slots, []Fallb
 	if err != nil {
 		return nil, nil, fmt.Errorf("policy slots: %w", err)
 	}
-	st := &slotState{}
+	s.shadows, s.close = context.WithCancel(context.WithoutCancel(ctx))
+	st := &slotSet{}
 	lkg, lkgErr := s.load(ctx, slotLKG)
 	active, activeErr := s.load(ctx, slotActive)
 	if err := ctx.Err(); err != nil {
@@ -162,44 +254,146 @@ func OpenSlots(ctx context.Context, dir string, o SlotsOptions) (*Slots, []Fallb
 // change it.
 func (s *Slots) Current() *Active { return s.state.Load().current }
 
+// Close ends what evaluates in shadow and waits for it. It is called after the
+// last Eval of an Active; the slots can still be read.
+func (s *Slots) Close() {
+	s.close()
+	s.running.Wait()
+}
+
 // Activate puts b, compiled as p, in force. It persists first: when it returns
 // an error, the policy in force and both slots are as they were. m says where
-// the bundle comes from; its Digest, Ref and Version are taken from b.
+// the bundle comes from; its Digest, Ref and Version are taken from b. A
+// candidate is discarded.
 //
 // Activating the bundle that is already in force writes its meta anew and keeps
 // the LKG.
 func (s *Slots) Activate(ctx context.Context, b *Bundle, p *Program, m Meta) error {
-	if b == nil || p == nil || p.bundle.Digest != b.Digest || Digest(b.Raw) != b.Digest {
-		return errors.New("activate policy: the program was not compiled from this bundle")
-	}
-	if m.Digest != "" && m.Digest != b.Digest {
-		return fmt.Errorf("activate policy: the bundle has digest %s, want %s", b.Digest, m.Digest)
+	next, err := s.newActive(b, p, m)
+	if err != nil {
+		return fmt.Errorf("activate policy: %w", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := ctx.Err(); err != nil {
 		return err // from here on it is a matter of milliseconds: not interrupted
 	}
+	return s.activate(next)
+}
+
+// newActive checks that p, b and m belong together.
+func (s *Slots) newActive(b *Bundle, p *Program, m Meta) (*Active, error) {
+	if b == nil || p == nil || p.bundle.Digest != b.Digest || Digest(b.Raw) != b.Digest {
+		return nil, errors.New("the program was not compiled from this bundle")
+	}
+	if m.Digest != "" && m.Digest != b.Digest {
+		return nil, fmt.Errorf("the bundle has digest %s, want %s", b.Digest, m.Digest)
+	}
 	m.Digest, m.Ref, m.Version = b.Digest, b.Ref(), b.Version
-	next := &Active{Program: p, Meta: m.stamped()}
+	return &Active{Program: p, Meta: s.stamped(m), health: &health{}}, nil
+}
+
+// activate persists and swaps. The caller holds mu.
+func (s *Slots) activate(next *Active) error {
 	st := s.state.Load()
-	// The active slot is worth keeping as LKG only when it serves, differs, and
-	// still lies on the disk as it was written.
-	keep := st.active != nil && st.current == st.active && st.active.Meta.Digest != b.Digest && s.intact(slotActive, st.active)
+	keep := s.keep(st, next)
 	if err := s.replaceActive(next, keep); err != nil {
-		return fmt.Errorf("activate policy %s: %w", m.Ref, err)
+		return fmt.Errorf("activate policy %s: %w", next.Meta.Ref, err)
 	}
 	lkg := st.lkg
 	if keep {
 		lkg = st.active
 	}
-	s.state.Store(&slotState{current: next, active: next, lkg: lkg})
+	s.state.Store(&slotSet{current: next, active: next, lkg: lkg.alone()})
 	return nil
 }
 
+// keep reports whether the active slot is worth keeping as LKG: it serves,
+// differs from what follows, still lies on the disk as it was written, and is
+// known good or better than nothing.
+func (s *Slots) keep(st *slotSet, next *Active) bool {
+	a := st.active
+	if a == nil || st.current != a || a.Meta.Digest == next.Meta.Digest || !s.intact(slotActive, a) {
+		return false
+	}
+	return st.lkg == nil || a.health.good() && s.opt.now().Sub(a.Meta.ActivatedAt) >= s.opt.HealthWindow
+}
+
+// Stage puts b, compiled as p, in the shadow of the policy in force. A candidate
+// that was there is replaced, and its counts with it. m is as in Activate; its
+// ActivatedAt is when it was staged. Without a policy in force there is nothing
+// to compare with: the error says so.
+func (s *Slots) Stage(b *Bundle, p *Program, m Meta) error {
+	candidate, err := s.newActive(b, p, m)
+	if err != nil {
+		return fmt.Errorf("stage policy: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.state.Load()
+	if st.current == nil {
+		return errors.New("stage policy: no policy is in force to compare it with; activate it")
+	}
+	s.setShadow(st, candidate, &shadow{program: p, slots: s, every: uint64(s.opt.ShadowEvery)})
+	return nil
+}
+
+// Promote puts the candidate in force, as Activate does. Errors: ErrNoCandidate,
+// and those of Activate, after which the candidate is still there.
+func (s *Slots) Promote(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	c := s.state.Load().candidate
+	if c == nil {
+		return fmt.Errorf("promote policy: %w", ErrNoCandidate)
+	}
+	m := c.Meta
+	m.ActivatedAt = time.Time{}
+	return s.activate(&Active{Program: c.Program, Meta: s.stamped(m), health: &health{}})
+}
+
+// Discard drops the candidate, if there is one.
+func (s *Slots) Discard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if st := s.state.Load(); st.candidate != nil {
+		s.setShadow(st, nil, nil)
+	}
+}
+
+// setShadow swaps in a set that differs from st in its candidate. Actives are
+// immutable: the one in force is copied to carry the shadow. The caller holds mu.
+func (s *Slots) setShadow(st *slotSet, candidate *Active, sh *shadow) {
+	next := *st
+	next.candidate = candidate
+	current := *st.current
+	current.shadow = sh
+	next.current = &current
+	if st.active == st.current {
+		next.active = next.current
+	}
+	if st.lkg == st.current {
+		next.lkg = next.current
+	}
+	s.state.Store(&next)
+}
+
+// alone is a without what is in its shadow.
+func (a *Active) alone() *Active {
+	if a == nil || a.shadow == nil {
+		return a
+	}
+	c := *a
+	c.shadow = nil
+	return &c
+}
+
 // Rollback puts the LKG in force. Both slots then hold it: what was rolled back
-// from is not kept, as it is not known good. Errors: ErrNoLKG, and those of the
-// disk, after which all is as it was.
+// from is not kept, as it is not known good. A candidate is discarded. Errors:
+// ErrNoLKG, and those of the disk, after which all is as it was.
 func (s *Slots) Rollback(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -212,17 +406,17 @@ func (s *Slots) Rollback(ctx context.Context) error {
 	}
 	m := st.lkg.Meta
 	m.ActivatedAt = time.Time{}
-	next := &Active{Program: st.lkg.Program, Meta: m.stamped()}
+	next := &Active{Program: st.lkg.Program, Meta: s.stamped(m), health: st.lkg.health}
 	if err := s.replaceActive(next, false); err != nil {
 		return fmt.Errorf("roll policy back to %s: %w", m.Ref, err)
 	}
-	s.state.Store(&slotState{current: next, active: next, lkg: st.lkg})
+	s.state.Store(&slotSet{current: next, active: next, lkg: st.lkg.alone()})
 	return nil
 }
 
-func (m Meta) stamped() Meta {
+func (s *Slots) stamped(m Meta) Meta {
 	if m.ActivatedAt.IsZero() {
-		m.ActivatedAt = time.Now()
+		m.ActivatedAt = s.opt.now()
 	}
 	m.ActivatedAt = m.ActivatedAt.UTC().Truncate(time.Millisecond)
 	return m
@@ -233,6 +427,7 @@ type SlotStatus struct {
 	Serving   string     `json:"serving"` // which slot is in force: active, lkg, none (deny all)
 	Active    *SlotInfo  `json:"active,omitempty"`
 	LKG       *SlotInfo  `json:"lkg,omitempty"`
+	Candidate *Candidate `json:"candidate,omitempty"`
 	Fallbacks []Fallback `json:"fallbacks,omitempty"` // since start; cleared by a good activation
 }
 
@@ -247,13 +442,24 @@ type SlotInfo struct {
 	ReleaseID   string    `json:"release_id,omitempty"`
 	Sequence    uint64    `json:"sequence,omitempty"`
 	ActivatedAt time.Time `json:"activated_at"`
-	Evaluator   string    `json:"evaluator"` // "topdown"
+	Evaluator   string    `json:"evaluator"`                  // EngineCompiled, EngineTopdown
+	Why         string    `json:"evaluator_reason,omitempty"` // with EngineTopdown: why not the other
+}
+
+// Candidate is the policy in shadow and what came of it. Its ActivatedAt is when
+// it was staged.
+type Candidate struct {
+	SlotInfo
+	Shadow ShadowStats `json:"shadow"`
 }
 
 // Status describes the slots.
 func (s *Slots) Status() SlotStatus {
 	st := s.state.Load()
 	out := SlotStatus{Serving: none, Active: st.active.info(), LKG: st.lkg.info(), Fallbacks: st.faults}
+	if st.candidate != nil {
+		out.Candidate = &Candidate{SlotInfo: *st.candidate.info(), Shadow: st.current.shadow.stats()}
+	}
 	switch {
 	case st.current == nil:
 	case st.current == st.active:
@@ -269,8 +475,9 @@ func (a *Active) info() *SlotInfo {
 		return nil
 	}
 	m := a.Meta
+	engine, why := a.Program.Engine()
 	return &SlotInfo{Ref: m.Ref, Digest: m.Digest, Source: m.Source, ReleaseID: m.ReleaseID,
-		Sequence: m.Sequence, ActivatedAt: m.ActivatedAt, Evaluator: "topdown"}
+		Sequence: m.Sequence, ActivatedAt: m.ActivatedAt, Evaluator: engine, Why: why}
 }
 
 // storedMeta is meta.json: Meta and a checksum, as a sequence number or release
@@ -302,14 +509,14 @@ func decodeMeta(data []byte) (Meta, error) {
 }
 
 // load reads, verifies and compiles a slot. An absent one is fs.ErrNotExist;
-// one that exists without its files is damaged.
+// one that exists without its files is not.
 func (s *Slots) load(ctx context.Context, slot string) (*Active, error) {
 	if _, err := os.Stat(s.path(slot)); err != nil {
 		return nil, err
 	}
 	a, err := s.read(ctx, slot)
 	if err != nil {
-		return nil, fmt.Errorf("slot %s is damaged: %s", slot, err) // not %w: an absent file within is not an absent slot
+		return nil, fmt.Errorf("slot %s cannot be used: %s", slot, err) // not %w: an absent file within is not an absent slot
 	}
 	return a, nil
 }
@@ -326,11 +533,16 @@ func (s *Slots) read(ctx context.Context, slot string) (*Active, error) {
 	if b.Ref() != m.Ref {
 		return nil, fmt.Errorf("the bundle is %s, %s says %s", b.Ref(), metaFile, m.Ref)
 	}
+	if s.opt.Compatible != nil {
+		if err := s.opt.Compatible(b); err != nil {
+			return nil, fmt.Errorf("not compatible with this program: %w", err)
+		}
+	}
 	p, err := Compile(ctx, b)
 	if err != nil {
 		return nil, err
 	}
-	return &Active{Program: p, Meta: m}, nil
+	return &Active{Program: p, Meta: m, health: &health{}}, nil
 }
 
 // readFiles reads a slot's files and checks the bundle against the meta.

@@ -9,10 +9,12 @@ case ${1:-} in
 quick)
 	tool=(-reps 5 -duration 800ms -warmup 200ms)
 	wal=(-quick -reps 5 -duration 200ms -warmup 60ms)
+	policy=(-reps 3 -duration 250ms -warmup 150ms)
 	;;
 full)
 	tool=(-reps 9 -duration 5s -warmup 1s)
 	wal=(-reps 5 -duration 1s -warmup 200ms)
+	policy=(-reps 9 -duration 1s -warmup 300ms)
 	;;
 *) die "want quick or full" ;;
 esac
@@ -31,15 +33,18 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bin/autonomy policy build examples/quickstart/policy --version 1.0.0 --out "$work/policy.tar.gz"
-say peers "building the write-ahead logs to compare with (about 1 min the first time)"
+say peers "building the write-ahead logs and evaluators to compare with (about 1 min the first time)"
 export CGO_ENABLED=0
-go -C bench/peers build -o "$work/walpeers" ./walpeers
-go build -o "$work/" ./bench/toolbench ./bench/walbench
+go -C bench/peers build -o "$work/" ./walpeers ./policypeers
+go build -o "$work/" ./bench/toolbench ./bench/walbench ./bench/policybench
 
-# Both or none: a page with one new half would compare two runs.
+# All or none: a page with one new part would compare two runs.
 out=$work/results
 "$work/toolbench" -opa "$opa" -bundle "$work/policy.tar.gz" -out "$out" "${tool[@]}"
 "$work/walbench" -peers "$work/walpeers" -version "$(scripts/version.sh)" -out "$out" "${wal[@]}"
+say conformance "running OPA's own cases on the compiled engine"
+go test -count=1 -run '^TestConformance$' -v ./prepared/irvm >"$work/conformance" || true # its row says what failed
+"$work/policybench" -conformance "$work/conformance" -peers "$work/policypeers" -version "$(scripts/version.sh)" -work "$work" -out "$out" "${policy[@]}"
 mkdir -p bench/results
 cp "$out/latest.json" "$out/latest.md" bench/results/
 say results "bench/results/latest.md"

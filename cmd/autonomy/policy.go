@@ -36,25 +36,27 @@ examples/quickstart/policy.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(newPolicyBuild(), newPolicyTest(), newPolicyLint(), newPolicyEval(), newPolicyStatus())
+	c.AddCommand(newPolicyBuild(), newPolicyTest(), newPolicyLint(), newPolicyEval(), newPolicyExplain(), newPolicyStatus())
 	return c
 }
 
 func newPolicyBuild() *cobra.Command {
 	var o prepared.BuildOptions
 	var out string
-	var allow []string
 	c := &cobra.Command{
 		Use:   "build DIR --version V --out FILE",
 		Short: "Pack a policy directory into a bundle",
-		Long: `Pack the policy in DIR into a bundle: all .rego files but tests, and data.json,
-data.yaml or data.yml. The same files and flags give the same bytes. The bundle
-is compiled before it is written.
+		Long: `Pack the policy in DIR into a bundle: all .rego files but tests, data.json,
+data.yaml or data.yml, and the sample calls DIR/inputs/*.json and
+DIR/examples/*.json. The same files and flags give the same bytes. The bundle is
+compiled before it is written.
 
-Sample calls in DIR/inputs/*.json or DIR/examples/*.json are used to look for
-rules that fail open: each field of a denied call is left out in turn, and
-changed to another type. If the call is then allowed, nothing is written. Where
-that is what the policy means, name the field with --allow-fail-open.`,
+The sample calls are used to look for rules that fail open: each field of a denied
+call is left out in turn, and changed to another type. If the call is then
+allowed, nothing is written, and rule and field are named. Where that is what the
+policy means, name the field with --allow-fail-open: the bundle then says so, and
+each node that activates it records it. A node probes again, with calls that it has
+recorded, too.`,
 		Example: `  autonomy policy build examples/quickstart/policy --version 1.0.0 --out policy.tar.gz
   autonomy policy build ./policy --name edge --version 1.4.2 --requires-runtime ">=0.1.0 <2.0.0" --out edge.tar.gz`,
 		Args: usageArgs(cobra.ExactArgs(1)),
@@ -65,7 +67,7 @@ that is what the policy means, name the field with --allow-fail-open.`,
 	fl.StringVar(&o.Name, "name", "", "`name` of the bundle; default: the directory's name, or its parent's when that is \"policy\"")
 	fl.StringVar(&o.RequiresRuntime, "requires-runtime", "", "`constraints` on the node's version, all must hold")
 	fl.StringVar(&o.Entrypoint, "entrypoint", "", "`path` of the rule that decides; default autonomy/decision, else autonomy/allow")
-	fl.StringArrayVar(&allow, "allow-fail-open", nil, "`field` (such as /params/header) that may be left out to make a denied call an allowed one; repeatable")
+	fl.StringArrayVar(&o.AllowFailOpen, "allow-fail-open", nil, "`field` (such as /params/header) that may be left out to make a denied call an allowed one; recorded in the bundle; repeatable")
 	format := outputFlag(c)
 	c.RunE = func(c *cobra.Command, args []string) error {
 		dir := args[0]
@@ -86,32 +88,43 @@ that is what the policy means, name the field with --allow-fail-open.`,
 		if err != nil {
 			return err
 		}
-		open, names, err := probe(c.Context(), dir, b)
+		p, err := prepared.Compile(c.Context(), b)
 		if err != nil {
-			return policyFault(err)
+			return err
 		}
-		refused := false
-		for _, f := range open {
-			if !slices.Contains(allow, f.Field) {
-				refused = true
-				fmt.Fprintf(c.ErrOrStderr(), "%s: denied as it stands, allowed with %s %s\n", filepath.Join(dir, names[f.Input]), f.Field, f.Change)
-			}
+		r, err := prepared.Probe(c.Context(), p, prepared.ProbeOptions{})
+		if err != nil {
+			return err
 		}
-		if refused {
+		for _, f := range r.Refused() {
+			f.Call = filepath.Join(dir, f.Call)
+			fmt.Fprintln(c.ErrOrStderr(), printable(f.String()))
+		}
+		if r.Err() != nil {
 			return run.Exitf(run.Failure, "the policy fails open; nothing was written\nMake the rule permit what it knows instead of denying what it sees, or name the field with --allow-fail-open")
 		}
 		if err := vfs.WriteFile(out, raw, 0o644); err != nil {
 			return err
 		}
 		if *format == "json" {
-			return printJSON(c.OutOrStdout(), map[string]any{"ref": b.Ref(), "digest": b.Digest, "entrypoint": b.Entrypoint, "bytes": len(raw), "file": out, "probed_inputs": len(names)})
+			return printJSON(c.OutOrStdout(), map[string]any{"ref": b.Ref(), "digest": b.Digest, "entrypoint": b.Entrypoint, "bytes": len(raw), "file": out, "probe": r})
 		}
 		w := c.OutOrStdout()
 		fmt.Fprintf(w, "bundle      %s\ndigest      %s\nentrypoint  %s\nfile        %s (%d bytes)\n", b.Ref(), b.Digest, b.Entrypoint, out, len(raw))
-		if len(names) == 0 {
+		overridden := slices.Compact(slices.Sorted(func(yield func(string) bool) {
+			for _, f := range r.Overridden() {
+				if !yield(f.Field) {
+					return
+				}
+			}
+		}))
+		switch {
+		case r.Examples == 0:
 			fmt.Fprintf(c.ErrOrStderr(), "note: no sample calls in %s: the policy was not probed for rules that fail open\n", filepath.Join(dir, "inputs"))
-		} else {
-			fmt.Fprintf(w, "probe       %d sample calls, no field turns a deny into an allow\n", len(names))
+		case len(overridden) > 0:
+			fmt.Fprintf(w, "probe       %d sample calls; --allow-fail-open is needed for %s, and recorded in the bundle\n", r.Examples, printable(strings.Join(overridden, " ")))
+		default:
+			fmt.Fprintf(w, "probe       %d sample calls, no field turns a deny into an allow\n", r.Examples)
 		}
 		return nil
 	}
@@ -129,23 +142,6 @@ func policyName(dir string) string {
 		return base
 	}
 	return filepath.Base(filepath.Dir(abs))
-}
-
-// probe runs the fail-open probe over the sample calls in dir.
-func probe(ctx context.Context, dir string, b *prepared.Bundle) ([]prepared.FailOpen, []string, error) {
-	names, inputs, err := prepared.Inputs(dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	p, err := prepared.Compile(ctx, b)
-	if err != nil {
-		return nil, nil, err
-	}
-	open, err := prepared.DropFieldProbe(ctx, p, inputs)
-	if err != nil {
-		return nil, nil, fmt.Errorf("sample calls in %s: %w", dir, err)
-	}
-	return open, names, nil
 }
 
 // policyFault gives a missing directory or file its own exit code.
@@ -227,9 +223,9 @@ func newPolicyLint() *cobra.Command {
 		Short: "Find what is likely to be wrong with a policy",
 		Long: `Read the policy in DIR and say what is likely to be wrong with it: it does not
 compile, calls a builtin that a node does not have, negates without rego.v2, can
-be undefined, reads an input field that no node sends, answers with a field that no
-node takes, has no tests, is not formatted, or fails open for a sample call in
-DIR/inputs. Exits 1 when there is a finding.`,
+be undefined, has a rule that is never reached, reads an input field that no node
+sends, answers with a field that no node takes, has no tests, is not formatted, or
+fails open for a sample call in DIR/inputs. Exits 1 when there is a finding.`,
 		Example: `  autonomy policy lint examples/quickstart/policy`,
 		Args:    usageArgs(cobra.ExactArgs(1)),
 	}
@@ -364,7 +360,8 @@ func newPolicyStatus() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show the policy that a node has in force",
-		Long: `Ask a node which policy is in force and which one it would fall back to.
+		Long: `Ask a node which policy is in force, which one it would fall back to, and how the
+one in shadow compares.
 
 Exits 5 when the node cannot be reached, 1 when it has no policy in force and so
 denies every call.`,
@@ -418,10 +415,15 @@ type policyStatus struct {
 
 func printSlots(w io.Writer, st *policyStatus) error {
 	var rows [][]string
-	for _, s := range []struct {
+	type slot struct {
 		name string
 		info *prepared.SlotInfo
-	}{{"active", st.Active}, {"lkg", st.LKG}} {
+	}
+	slots := []slot{{"active", st.Active}, {"lkg", st.LKG}}
+	if st.Candidate != nil {
+		slots = append(slots, slot{"candidate", &st.Candidate.SlotInfo})
+	}
+	for _, s := range slots {
 		name := s.name
 		if name == st.Serving {
 			name += " *"
@@ -443,6 +445,16 @@ func printSlots(w io.Writer, st *policyStatus) error {
 	}
 	if err := printTable(w, []string{"SLOT", "POLICY", "SOURCE", "RELEASE", "ACTIVATED", "DIGEST"}, rows); err != nil {
 		return err
+	}
+	for _, s := range slots {
+		if s.info != nil && s.info.Why != "" {
+			fmt.Fprintf(w, "%s is evaluated by %s: %s\n", s.name, printable(s.info.Evaluator), printable(s.info.Why))
+		}
+	}
+	if st.Candidate != nil {
+		c := st.Candidate.Shadow
+		fmt.Fprintf(w, "shadow:   %d calls compared: %d same, %d stricter, %d looser, %d other limits; %d without a valid answer, %d skipped\n",
+			c.Sampled, c.Same, c.Stricter, c.Looser, c.Other, c.Failed, c.Skipped)
 	}
 	for _, f := range st.Fallbacks {
 		fmt.Fprintf(w, "fallback: %s; in its place: %s\n", printable(f.Why), printable(f.Replacement))

@@ -39,6 +39,7 @@ func TestScripts(t *testing.T) {
 			"exits":        exits,
 			"serve":        serve,
 			"makewal":      makeWAL,
+			"makecall":     makeCall,
 			"flip":         flipBit,
 			"registry":     startRegistry,
 			"controlplane": startControlPlane,

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"strconv"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
+	"github.com/autonomyops/autonomy/prepared"
 	"github.com/autonomyops/autonomy/wal"
 )
 
@@ -40,6 +43,42 @@ func makeWAL(ts *testscript.TestScript, neg bool, args []string) {
 	res, err := l.Reserve(wal.ClassAction, 20)
 	ts.Check(err)
 	res.Abort()
+	ts.Check(l.Close())
+}
+
+// makeCall writes a log with the decision of a bundle about an input, as a node
+// does, and an action, and puts their audit ids into DECIDED and ACTED:
+// makecall DIR BUNDLE INPUT
+func makeCall(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 3 {
+		ts.Fatalf("usage: makecall DIR BUNDLE INPUT")
+	}
+	b, err := prepared.ReadBundleFile(ts.MkAbs(args[1]), prepared.Limits{})
+	ts.Check(err)
+	p, err := prepared.Compile(context.Background(), b)
+	ts.Check(err)
+	input := []byte(ts.ReadFile(args[2]))
+	d, err := p.Eval(context.Background(), input)
+	ts.Check(err)
+	body, err := json.Marshal(event.DecisionBody{PolicyRef: b.Ref(), PolicyDigest: b.Digest, Reasons: d.Reasons, Input: input})
+	ts.Check(err)
+	l, _, err := wal.Open(ts.MkAbs(args[0]), wal.Options{SegmentBytes: 64 << 10, MaxBytes: 256 << 10})
+	ts.Check(err)
+	for _, r := range []struct {
+		class wal.Class
+		rec   otlp.Record
+		name  string
+	}{
+		{wal.ClassDecision, otlp.Record{EventType: event.Decision, Decision: decisionWord(d), Kind: "tool.x", Body: body}, "DECIDED"},
+		{wal.ClassAction, otlp.Record{EventType: event.Action, Decision: "allow", Outcome: "ok", Body: []byte(`{}`)}, "ACTED"},
+	} {
+		r.rec.LogID, r.rec.Class, r.rec.TimeUnixNano, r.rec.Severity = l.ID(), r.class.String(), 1_700_000_000_000_000_000, otlp.Info
+		res, err := l.Reserve(r.class, r.rec.Size())
+		ts.Check(err)
+		r.rec.Put(res.Buf, res.Seq)
+		res.Commit()
+		ts.Setenv(r.name, event.ID(l.ID(), res.Seq))
+	}
 	ts.Check(l.Close())
 }
 

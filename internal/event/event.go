@@ -38,13 +38,15 @@ const (
 	LogRefused     = "log.refused"     // stands in for a record that the endpoint refused for ever; body: bytes, why
 	NodeAssurance  = "node.assurance"  // the platform's level changed; body: was, is, refused
 	PolicyLoaded   = "policy.loaded"   // an operator's local bundle became active
-	PolicyFallback = "policy.fallback" // a slot was damaged: which, why, what took its place
+	PolicyFallback = "policy.fallback" // a slot cannot be used: which, why, what took its place
+	PolicyOverride = "policy.override" // a policy that fails open may come into force: which fields and rules, who has allowed it
 
 	ReleaseFound         = "release.found"         // a poll returned a release not seen before
 	ReleaseSignature     = "release.signature"     // step 1; body: LifecycleBody
 	ReleaseDigest        = "release.digest"        // step 2
 	ReleaseFingerprint   = "release.fingerprint"   // step 3
 	ReleaseCompatibility = "release.compatibility" // step 4
+	ReleaseShadow        = "release.shadow"        // its policy is evaluated beside the one in force
 	ReleaseActivated     = "release.activated"
 	ReleaseRefused       = "release.refused" // body says which step and code
 

@@ -201,7 +201,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 
 	// Evaluate.
 	began := time.Now()
-	d, err := active.Program.Eval(ctx, s.input)
+	d, err := active.Eval(ctx, s.input)
 	evalTime := time.Since(began)
 	p.metrics.Eval.Update(evalTime.Seconds())
 	evalErr := err

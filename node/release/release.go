@@ -27,6 +27,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -77,6 +78,13 @@ type Options struct {
 	Interval time.Duration
 	Runtime  string // version of this node
 	Logger   *slog.Logger
+	// Admit judges a compiled policy before it is staged or comes into force. An
+	// error that wraps prepared.ErrBudget, or a context's, is a fault of the
+	// moment; any other refuses the release. nil: any policy will do.
+	Admit func(ctx context.Context, p *prepared.Program) error
+	// Shadow is how long a policy is evaluated beside the one in force before it
+	// takes its place. 0: it takes it at once.
+	Shadow time.Duration
 	// Note records a lifecycle event.
 	Note func(eventType string, body any)
 	Now  func() time.Time
@@ -119,6 +127,18 @@ type Poller struct {
 	refused []Refusal
 	state   State
 	etag    string
+	shadow  *staged // waits in shadow; nil: none. Of Poll only
+}
+
+// staged is a verified release whose policy is in shadow.
+type staged struct {
+	digest  string // of the envelope
+	ev      *verify.Evidence
+	rel     *verify.Release
+	lock    []byte
+	bundle  *prepared.Bundle
+	program *prepared.Program
+	until   time.Time
 }
 
 // New reads the state from disk. A damaged file is an error: the highest
@@ -239,17 +259,31 @@ func (p *Poller) Run(ctx context.Context) {
 		if err != nil && err.Error() != was {
 			p.o.Logger.Warn("release poll failed: will retry", "err", err)
 		}
+		wait := p.o.Interval
+		if p.shadow != nil {
+			wait = max(min(wait, p.shadow.until.Sub(p.o.Now())), minWait)
+		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(p.o.Interval):
+		case <-time.After(wait):
 		}
 	}
 }
 
-// Poll asks once, and activates what is new and holds. Its error is a fault of
-// the way; a release that was refused is none.
+// minWait keeps a poller that waits for the end of a shadow from spinning when
+// the activation fails.
+const minWait = 100 * time.Millisecond
+
+// Poll ends a shadow that is due, asks once, and activates what is new and holds,
+// or puts it in shadow. Its error is a fault of the way; a release that was
+// refused is none.
 func (p *Poller) Poll(ctx context.Context) error {
+	if p.shadow != nil && !p.o.Now().Before(p.shadow.until) {
+		if err := p.promote(ctx); err != nil {
+			return err
+		}
+	}
 	env, etag, err := p.o.CP.Latest(ctx, p.o.Channel, p.o.NodeID, p.etag)
 	if err != nil {
 		return err
@@ -274,6 +308,9 @@ func (p *Poller) consider(ctx context.Context, env []byte) error {
 	}
 	rel, _, err := verify.OpenEnvelope(env, p.o.Keyring, time.Time{})
 	if err == nil && p.active != nil && p.active.ReleaseID == rel.ReleaseID && p.active.Sequence == rel.Sequence {
+		return nil
+	}
+	if p.shadow != nil && p.shadow.digest == digest {
 		return nil
 	}
 	highest := p.highest[p.o.Channel]
@@ -370,8 +407,12 @@ func (p *Poller) refuse(ctx context.Context, digest string, ev *verify.Evidence,
 }
 
 // codeActivation is the code of a release that verified and could not be put in
-// force: its policy does not compile, or the slot could not be written.
-const codeActivation = "activation_failed"
+// force: its policy does not compile or cannot be probed; codeFailOpen of one
+// whose policy allows a denied call when a field is left out.
+const (
+	codeActivation = "activation_failed"
+	codeFailOpen   = "policy_fails_open"
+)
 
 func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidence, rel *verify.Release, m *verify.Material) error {
 	bundle, err := prepared.ReadBundle(m.Policy, prepared.Limits{})
@@ -385,6 +426,70 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 	if err != nil {
 		return p.refuse(ctx, digest, ev, &verify.Error{Code: codeActivation, Detail: "compile the policy: " + err.Error()})
 	}
+	if p.o.Admit != nil {
+		err := p.o.Admit(ctx, program)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, prepared.ErrBudget):
+			return fmt.Errorf("admit the policy of release %s: %w", rel.ReleaseID, err)
+		case errors.Is(err, prepared.ErrFailOpen):
+			return p.refuse(ctx, digest, ev, &verify.Error{Code: codeFailOpen, Detail: err.Error()})
+		case err != nil:
+			return p.refuse(ctx, digest, ev, &verify.Error{Code: codeActivation, Detail: err.Error()})
+		}
+	}
+	s := &staged{digest: digest, ev: ev, rel: rel, lock: m.Lock, bundle: bundle, program: program, until: p.o.Now().Add(p.o.Shadow)}
+	// Without a policy in force there is nothing to compare with, and waiting
+	// would only deny; a policy that is or was in force needs no comparison.
+	current := p.o.Slots.Current()
+	mends := p.last != nil && p.last.EnvelopeDigest == digest
+	if p.o.Shadow > 0 && current != nil && current.Meta.Digest != bundle.Digest && !mends {
+		return p.stage(s)
+	}
+	return p.put(ctx, s)
+}
+
+// stage puts a release's policy in shadow, in place of one that was there. It is
+// in memory only: after a start the release is fetched and staged again.
+func (p *Poller) stage(s *staged) error {
+	meta := prepared.Meta{Source: prepared.SourceRelease, ReleaseID: s.rel.ReleaseID, Sequence: s.rel.Sequence}
+	if err := p.o.Slots.Stage(s.bundle, s.program, meta); err != nil {
+		return fmt.Errorf("stage release %s: %w", s.rel.ReleaseID, err)
+	}
+	p.shadow = s
+	p.o.Logger.Info("release in shadow", "release_id", s.rel.ReleaseID, "policy", s.bundle.Ref(), "until", s.until)
+	p.o.Note(event.ReleaseShadow, s.lifecycle("passed", "", fmt.Sprintf("evaluated beside the policy in force until %s", s.until.UTC().Format(time.RFC3339))))
+	return nil
+}
+
+// promote ends a shadow: its release comes into force, unless it has expired
+// meanwhile or its candidate was taken away.
+func (p *Poller) promote(ctx context.Context) error {
+	s := p.shadow
+	status := p.o.Slots.Status().Candidate
+	if status == nil || status.Digest != s.bundle.Digest {
+		p.shadow = nil
+		p.o.Logger.Warn("release left the shadow without coming into force: its policy is no candidate any more", "release_id", s.rel.ReleaseID)
+		return nil
+	}
+	p.o.Logger.Info("release leaves the shadow", "release_id", s.rel.ReleaseID, "sampled", status.Shadow.Sampled, "same", status.Shadow.Same,
+		"stricter", status.Shadow.Stricter, "looser", status.Shadow.Looser, "other", status.Shadow.Other, "failed", status.Shadow.Failed)
+	if !p.o.Now().Before(s.rel.ExpiresAt) {
+		p.shadow = nil
+		p.o.Slots.Discard()
+		return p.refuse(ctx, s.digest, s.ev, &verify.Error{Code: verify.CodeExpired, Detail: "the release expired while its policy was in shadow"})
+	}
+	return p.put(ctx, s)
+}
+
+func (s *staged) lifecycle(result, code, detail string) event.LifecycleBody {
+	return event.LifecycleBody{ReleaseID: s.rel.ReleaseID, Channel: s.rel.Channel, Sequence: s.rel.Sequence, Result: result, Code: code, Detail: detail}
+}
+
+// put brings a release into force.
+func (p *Poller) put(ctx context.Context, s *staged) error {
+	rel, bundle := s.rel, s.bundle
 	highest := map[string]uint64{}
 	for k, v := range p.highest {
 		highest[k] = v
@@ -392,16 +497,21 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 	highest[rel.Channel] = rel.Sequence
 	rec := Record{
 		Schema: recordSchema, ReleaseID: rel.ReleaseID, Channel: rel.Channel, Sequence: rel.Sequence, Fingerprint: rel.Fingerprint,
-		Image: rel.Agent.Image, Agent: agentName(m.Lock), PolicyDigest: bundle.Digest, EnvelopeDigest: digest, ActivatedAt: p.o.Now().UTC(), ExpiresAt: rel.ExpiresAt,
-		HighestSequence: highest, Evidence: *ev,
+		Image: rel.Agent.Image, Agent: agentName(s.lock), PolicyDigest: bundle.Digest, EnvelopeDigest: s.digest, ActivatedAt: p.o.Now().UTC(), ExpiresAt: rel.ExpiresAt,
+		HighestSequence: highest, Evidence: *s.ev,
 	}
 	if err := writeJSON(p.path("staged.json"), rec); err != nil {
 		return err
 	}
 	meta := prepared.Meta{Version: bundle.Version, Source: prepared.SourceRelease, ReleaseID: rel.ReleaseID, Sequence: rel.Sequence, ActivatedAt: rec.ActivatedAt}
-	if err := p.o.Slots.Activate(ctx, bundle, program, meta); err != nil {
+	enforce := func() error { return p.o.Slots.Activate(ctx, bundle, s.program, meta) }
+	if p.shadow == s {
+		enforce = func() error { return p.o.Slots.Promote(ctx) }
+	}
+	if err := enforce(); err != nil {
 		return fmt.Errorf("activate release %s: %w", rel.ReleaseID, err)
 	}
+	p.shadow = nil
 	p.mu.Lock()
 	p.active, p.last, p.highest = &rec, &rec, highest
 	p.mu.Unlock()
@@ -411,8 +521,11 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 	if err := vfs.SyncDir(p.o.Dir); err != nil {
 		return fmt.Errorf("release state: %w", err)
 	}
+	// Compiling leaves several times as much garbage as the program is large, and
+	// an activation is rare: give it back at once.
+	debug.FreeOSMemory()
 	p.o.Logger.Info("release activated", "release_id", rel.ReleaseID, "sequence", rel.Sequence, "policy", bundle.Ref())
-	p.o.Note(event.ReleaseActivated, event.LifecycleBody{ReleaseID: rel.ReleaseID, Channel: rel.Channel, Sequence: rel.Sequence, Result: "passed"})
+	p.o.Note(event.ReleaseActivated, s.lifecycle("passed", "", ""))
 	p.ack(ctx, Ack{ReleaseID: rel.ReleaseID, Step: "activate", Result: "passed", PolicyRef: bundle.Ref(), Fingerprint: rel.Fingerprint})
 	return nil
 }

@@ -51,6 +51,8 @@ type world struct {
 	fetchErr error
 	fetches  int
 	now      time.Time
+	admit    func(context.Context, *prepared.Program) error
+	shadow   time.Duration
 
 	cp     *httptest.Server
 	client *release.Client
@@ -149,7 +151,7 @@ func (w *world) newPoller() (*release.Poller, error) {
 				w.bodies = append(w.bodies, b)
 			}
 		},
-		Now: func() time.Time { return w.now },
+		Now: func() time.Time { return w.now }, Admit: w.admit, Shadow: w.shadow,
 	})
 }
 

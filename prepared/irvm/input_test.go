@@ -1,4 +1,4 @@
-package prepared
+package irvm
 
 import (
 	"bytes"
@@ -11,7 +11,7 @@ import (
 	"github.com/autonomyops/autonomy/internal/strictjson"
 )
 
-func TestParseInputRefuses(t *testing.T) {
+func TestParseRefuses(t *testing.T) {
 	deep := strings.Repeat(`{"a":`, 65) + "1" + strings.Repeat("}", 65)
 	for in, want := range map[string]string{
 		``:                                       "want a JSON object",
@@ -41,23 +41,29 @@ func TestParseInputRefuses(t *testing.T) {
 		`{"a":1e99999999999999999999}`:           "number out of range",
 		`{"a":` + strings.Repeat("9", 500) + `}`: "number out of range",
 	} {
-		if v, err := parseInput([]byte(in)); err == nil || !strings.Contains(err.Error(), want) || v != nil {
+		m := Empty(Limits{}).Machine(t.Context())
+		v, err := m.Parse([]byte(in))
+		if !errors.Is(err, ErrInput) || !strings.Contains(err.Error(), want) || v.Kind() != Undefined {
 			t.Errorf("%.60q: have %v, %v; want %q", in, v, err, want)
 		}
+		m.Release()
 	}
 }
 
-// FuzzParseInput compares with strictjson (what is taken) and with OPA's own
+// FuzzParse compares with strictjson (what is taken) and with OPA's own
 // parser (what is read).
-func FuzzParseInput(f *testing.F) {
+func FuzzParse(f *testing.F) {
 	for _, s := range []string{
 		`{}`, `{"kind":"tool.echo","params":{"a":[1,-2.5e3,true,false,null,"\u00e9\ud83d\ude00\n"]}}`, `{"a":1,"a":2}`, `{"a":-0}`, `{"":{"":[]}}`,
 		`{"a":1e400}`, `{"a":1E-5}`, `{"a":[[[[]]]]}`, "{\"\u2028\":\"\x7f\"}", `{"a":"\/\b\f\r\t\"\\"}`,
 	} {
 		f.Add([]byte(s))
 	}
+	reader := Empty(Limits{})
 	f.Fuzz(func(t *testing.T, data []byte) {
-		v, err := parseInput(data)
+		m := reader.Machine(t.Context())
+		defer m.Release()
+		v, err := m.Parse(data)
 		strict := strictjson.CheckObject(data)
 		if err != nil {
 			if strict == nil && !errors.Is(err, errNumber) {
@@ -72,8 +78,8 @@ func FuzzParseInput(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if v.Compare(want) != 0 {
-			t.Fatalf("have %v, want %v", v, want)
+		if have := v.AST(); have.Compare(want) != 0 || have.String() != want.String() {
+			t.Fatalf("have %v, want %v", have, want)
 		}
 	})
 }

@@ -1,0 +1,1 @@
+../../policybench/leg/leg.go

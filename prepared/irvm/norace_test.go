@@ -1,0 +1,5 @@
+//go:build !race
+
+package irvm
+
+const raceEnabled = false
