@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -21,7 +22,15 @@ const EnvPrefix = "AUTONOMY_NODE_"
 // Config is everything a node can be told. Each field is one flag, environment
 // variable and line of the configuration file; Defaults and Bind hold the list.
 type Config struct {
-	Listen      []string          // host:port or unix:PATH; only loopback addresses and sockets
+	Listen      []string          // host:port or unix:PATH
+	TLSCert     string            // of TCP listeners; with TLSKey
+	TLSKey      string            //
+	TLSClientCA string            // callers show a certificate of these CAs
+	TLSCRL      string            // revocation lists of these CAs
+	Tokens      string            // token file
+	Callers     string            // callers file: names and limits
+	Anonymous   string            // loopback, none: who needs no credential
+	Hosts       []string          // names in the Host header beside the listener's address
 	StateDir    string            // wal/, policy/, release/, identity/
 	Policy      string            // bundle file used while no slot is active; needs no signature
 	Tools       string            // tools.yaml; empty: tool.echo only
@@ -36,6 +45,9 @@ type Config struct {
 	OTLPOutage  time.Duration     // absence of the endpoint after which export waits for an operator
 	CP          string            // control plane; empty: no releases, no watermark
 	Relay       string            // content is pulled through it; empty: from the registry
+	ClientCert  string            // shown to control plane and relay; with ClientKey
+	ClientKey   string            //
+	ServerCA    string            // CAs of control plane and relay; empty: the system's
 	Trust       string            // keyring file; required with CP
 	Channel     string            // release channel
 	Poll        time.Duration     // between polls of the control plane
@@ -55,6 +67,7 @@ type Config struct {
 func Defaults() Config {
 	return Config{
 		Listen:      []string{"127.0.0.1:7777"},
+		Anonymous:   "loopback",
 		StateDir:    run.StateDir("node"),
 		Durability:  "strict",
 		Sync:        5 * time.Millisecond,
@@ -75,7 +88,15 @@ func Defaults() Config {
 
 // Bind defines the flags of c on fs; c holds the defaults.
 func (c *Config) Bind(fs *pflag.FlagSet) {
-	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve the API on `ADDR`: host:port on loopback, or unix:PATH; repeatable")
+	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve the API on `ADDR`: host:port or unix:PATH; repeatable; beyond loopback only with TLS and tokens or client certificates")
+	fs.StringVar(&c.TLSCert, "tls-cert", c.TLSCert, "serve TLS on TCP with the certificate chain in PEM `FILE`")
+	fs.StringVar(&c.TLSKey, "tls-key", c.TLSKey, "private key of --tls-cert, PEM `FILE`")
+	fs.StringVar(&c.TLSClientCA, "tls-client-ca", c.TLSClientCA, "take client certificates of the CAs in PEM `FILE`; without --tokens, demand one")
+	fs.StringVar(&c.TLSCRL, "tls-crl", c.TLSCRL, "refuse client certificates that the revocation lists in `FILE` name; read again when it changes")
+	fs.StringVar(&c.Tokens, "tokens", c.Tokens, "take the bearer tokens of `FILE`, as 'autonomy token create' makes it; read again when it changes")
+	fs.StringVar(&c.Callers, "callers", c.Callers, "name callers and limit them by `FILE`; read again when it changes")
+	fs.StringVar(&c.Anonymous, "anonymous", c.Anonymous, "`WHO` needs no credential: loopback (connections from this machine), none")
+	fs.StringArrayVar(&c.Hosts, "allowed-host", c.Hosts, "accept `NAME` in the Host header beside the listener's address; repeatable")
 	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "keep log, policy slots and identity in `DIR`")
 	fs.StringVar(&c.Policy, "policy", c.Policy, "use policy `BUNDLE` while no release is active")
 	fs.StringVar(&c.Tools, "tools", c.Tools, "define tools by `FILE` (default: tool.echo only)")
@@ -90,6 +111,9 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.DurationVar(&c.OTLPOutage, "otlp-max-outage", c.OTLPOutage, "after `TIME` of failed exports wait for an operator; records stay in the log")
 	fs.StringVar(&c.CP, "cp-url", c.CP, "poll releases from the control plane at `URL`")
 	fs.StringVar(&c.Relay, "relay-url", c.Relay, "pull release content through the relay at `URL`")
+	fs.StringVar(&c.ClientCert, "client-cert", c.ClientCert, "show the certificate in PEM `FILE` to control plane and relay; read again for each connection")
+	fs.StringVar(&c.ClientKey, "client-key", c.ClientKey, "private key of --client-cert, PEM `FILE`")
+	fs.StringVar(&c.ServerCA, "server-ca", c.ServerCA, "take certificates of control plane and relay from the CAs in PEM `FILE` (default: the system's)")
 	fs.StringVar(&c.Trust, "trust", c.Trust, "trust the keys in `KEYRING`")
 	fs.StringVar(&c.Channel, "channel", c.Channel, "follow release channel `NAME`")
 	fs.DurationVar(&c.Poll, "poll-interval", c.Poll, "time between polls of the control plane")
@@ -105,6 +129,19 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
 }
 
+// mayListen says why the node would not know its callers at addr.
+func (c *Config) mayListen(addr string) error {
+	switch {
+	case run.Loopback(addr):
+		return nil
+	case c.TLSCert == "":
+		return errors.New("other machines can reach this address, and tokens and calls would pass in the clear: give --tls-cert and --tls-key, or use 127.0.0.1:PORT or unix:PATH")
+	case c.TLSClientCA == "" && c.Tokens == "":
+		return errors.New("other machines can reach this address, and anyone could call tools: give --tokens or --tls-client-ca, so that callers are known")
+	}
+	return nil
+}
+
 var nodeIDPattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}$`)
 
 // Validate reports every fault at once, as usage errors.
@@ -115,8 +152,28 @@ func (c *Config) Validate() error {
 		fault("--listen: at least one address is needed")
 	}
 	for _, a := range c.Listen {
-		if !run.Loopback(a) {
-			fault("--listen %s: this version serves tools on loopback addresses and Unix sockets only, because it cannot yet tell remote callers apart; use 127.0.0.1:PORT or unix:PATH", a)
+		if err := c.mayListen(a); err != nil {
+			fault("--listen %s: %w", a, err)
+		}
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		fault("--tls-cert and --tls-key go together")
+	}
+	if c.TLSClientCA != "" && c.TLSCert == "" {
+		fault("--tls-client-ca needs --tls-cert and --tls-key")
+	}
+	if c.TLSCRL != "" && c.TLSClientCA == "" {
+		fault("--tls-crl needs --tls-client-ca")
+	}
+	if (c.ClientCert == "") != (c.ClientKey == "") {
+		fault("--client-cert and --client-key go together")
+	}
+	if c.Anonymous != "loopback" && c.Anonymous != "none" {
+		fault("--anonymous is %q, want loopback or none", c.Anonymous)
+	}
+	for _, h := range c.Hosts {
+		if h == "" || strings.ContainsAny(h, ":/@ ") {
+			fault("--allowed-host %q: want a name without scheme and port", h)
 		}
 	}
 	if c.StateDir == "" {

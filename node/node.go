@@ -10,15 +10,18 @@ package node
 import (
 	"context"
 	"crypto"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -28,6 +31,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/run"
@@ -70,24 +74,30 @@ type node struct {
 	log     *slog.Logger
 	started time.Time
 
-	wal      *wal.Log
-	recovery wal.Recovery
-	report   atomic.Pointer[assurance.Report]
-	refuse   atomic.Pointer[string] // why the platform is refused; nil: it is not
-	keyring  *verify.Keyring        // nil: no --trust
-	slots    *prepared.Slots
-	faults   []prepared.Fallback
-	local    *prepared.Active // from --policy
-	tools    atomic.Pointer[tool.Registry]
-	pipeline *call.Pipeline
-	exporter *export.Exporter // nil: no endpoint
-	poller   *release.Poller  // nil: no control plane
-	client   *release.Client
-	addrs    []string
+	wal       *wal.Log
+	recovery  wal.Recovery
+	report    atomic.Pointer[assurance.Report]
+	refuse    atomic.Pointer[string] // why the platform is refused; nil: it is not
+	keyring   *verify.Keyring        // nil: no --trust
+	slots     *prepared.Slots
+	faults    []prepared.Fallback
+	local     *prepared.Active // from --policy
+	tools     atomic.Pointer[tool.Registry]
+	auth      *auth.Authenticator
+	limits    *auth.Limits
+	refusals  refusals
+	pipeline  *call.Pipeline
+	exporter  *export.Exporter // nil: no endpoint
+	poller    *release.Poller  // nil: no control plane
+	client    *release.Client
+	clientTLS *tls.Config // for control plane and relay; nil: the system's roots
+	addrs     []string
 
 	mu          sync.Mutex
 	oldTools    []*tool.Registry // replaced by a reload; closed when no call can use them any more
 	lastRejects time.Time
+
+	callerProblems []string // as last recorded
 }
 
 // Run starts a node and serves until ctx ends. Then it stops in this order:
@@ -122,6 +132,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	n.tools.Store(registry)
 	defer n.closeTools()
+	if err := n.loadCallers(); err != nil {
+		return err
+	}
 	if err := n.openLog(ctx); err != nil {
 		return err
 	}
@@ -129,7 +142,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
-		Refuse: n.refused,
+		Refuse: n.refused, Limits: n.limits,
 	})
 	if err := n.connect(); err != nil {
 		return err
@@ -140,6 +153,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	server := httpapi.New(httpapi.Options{
 		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
+		Auth: n.auth, AllowedHosts: cfg.Hosts, Refused: n.refusals.add,
 		MaxBodyBytes: int(cfg.MaxBody), MaxInFlight: cfg.MaxInFlight, MaxConns: cfg.MaxConns,
 	})
 	listeners, err := n.listen()
@@ -172,6 +186,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	background.Go(func() { n.watchPlatform(loops) })
 	background.Go(func() { n.reloads(loops) })
+	background.Go(func() { n.watchCallers(loops) })
 	exporting, stopExport := context.WithCancel(context.Background())
 	defer stopExport()
 	var exports sync.WaitGroup
@@ -403,13 +418,19 @@ func (n *node) agent() call.Agent {
 }
 
 // connect prepares the exporter and the poller; neither dials yet.
-func (n *node) connect() error {
+func (n *node) connect() (err error) {
+	if n.clientTLS, err = run.ClientTLS(n.cfg.ClientCert, n.cfg.ClientKey, n.cfg.ServerCA); err != nil {
+		return run.Exit(run.Usage, err)
+	}
 	if n.cfg.OTLP != "" {
-		var err error
+		var conf *tls.Config
+		if sameHost(n.cfg.OTLP, n.cfg.CP) {
+			conf = n.clientTLS // a collector elsewhere is no part of ours
+		}
 		n.exporter, err = export.New(export.Options{
 			Log: n.wal, Endpoint: n.cfg.OTLP, Logger: n.log,
 			Resource:    otlp.Resource{ServiceName: event.ServiceName, ServiceVersion: run.Version, InstanceID: n.id},
-			Compression: n.cfg.OTLPPack, StateFile: filepath.Join(n.cfg.StateDir, "export.json"),
+			Compression: n.cfg.OTLPPack, TLS: conf, StateFile: filepath.Join(n.cfg.StateDir, "export.json"),
 			MaxAttempts: export.AttemptsFor(n.cfg.OTLPOutage, export.DefaultMinBackoff, export.DefaultMaxBackoff),
 			OnRejected:  n.rejected, OnExhausted: n.exportExhausted,
 		})
@@ -421,6 +442,16 @@ func (n *node) connect() error {
 		return nil
 	}
 	return n.connectReleases()
+}
+
+// sameHost reports whether two URLs name one host and port.
+func sameHost(a, b string) bool {
+	x, err := url.Parse(a)
+	if err != nil || x.Host == "" {
+		return false
+	}
+	y, err := url.Parse(b)
+	return err == nil && strings.EqualFold(x.Host, y.Host)
 }
 
 // rejected records that the endpoint refused records for ever, at most once a
@@ -488,8 +519,8 @@ func (n *node) listen() (lns []net.Listener, err error) {
 		}
 	}
 	for _, ln := range lns {
-		if !run.Loopback(run.Addr(ln)) {
-			return lns, run.Exitf(run.Usage, "socket activation handed over %s: only loopback addresses and Unix sockets are served", run.Addr(ln))
+		if err := n.cfg.mayListen(run.Addr(ln)); err != nil {
+			return lns, run.Exitf(run.Usage, "%s, handed over by socket activation: %w", run.Addr(ln), err)
 		}
 		n.addrs = append(n.addrs, run.Addr(ln))
 	}
@@ -591,6 +622,7 @@ func (n *node) reloads(ctx context.Context) {
 			n.retire(n.tools.Swap(registry))
 			n.log.Info("tools reloaded", "tools", len(registry.List()))
 		}
+		n.reloadCallers(true)
 		if n.exporter != nil && n.exporter.Status().State == export.Exhausted {
 			if err := n.exporter.Resume(); err != nil {
 				n.log.Error("export not resumed", "err", err)
@@ -617,6 +649,9 @@ func (n *node) notReady() []string {
 	if why := n.refused(); why != "" {
 		out = append(out, "assurance: "+why)
 	}
+	for _, why := range n.auth.Problems() {
+		out = append(out, "callers: "+why)
+	}
 	return out
 }
 
@@ -638,6 +673,7 @@ func (n *node) writeMetrics(w io.Writer) {
 	}
 	metrics.WriteGaugeUint64(w, "autonomy_node_policy_active", policy)
 	metrics.WriteGaugeUint64(w, "autonomy_node_policy_slot_faults", uint64(len(n.faults)))
+	n.writeCallerMetrics(w)
 	metrics.WriteProcessMetrics(w)
 }
 

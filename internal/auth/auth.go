@@ -143,12 +143,13 @@ func (a *Authenticator) TLS() bool { return a.tls != nil }
 // Callers is the callers file in force.
 func (a *Authenticator) Callers() *Callers { return a.callers.Load() }
 
-// Reload reads again what changed, all of it with force. It reports which files
-// are in force anew; a file that is faulty is in Problems and in the log.
+// Reload reads the files again if one of them changed, or with force. It reports
+// which are in force anew; a file that is faulty is in Problems and in the log.
 func (a *Authenticator) Reload(force bool) (changed []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.watched.changed() && !force {
+	touched := a.watched.changed()
+	if !touched && !force {
 		return nil
 	}
 	note := func(file, consequence string, err error) {
@@ -178,6 +179,9 @@ func (a *Authenticator) Reload(force bool) (changed []string) {
 		if a.o.TLS.ClientCA != "" {
 			note(a.o.TLS.ClientCA, "no client certificate is valid", peerErr)
 		}
+	}
+	if !touched {
+		return nil
 	}
 	return changed
 }

@@ -138,11 +138,13 @@ func TestTokenFileFailsClosed(t *testing.T) {
 	}
 	c, _ := net.Pipe()
 	for name, spoil := range map[string]func() error{
-		"gone":             func() error { return os.Remove(file) },
-		"cut off":          func() error { return os.WriteFile(file, good[:len(good)/2], 0o600) },
-		"empty":            func() error { return os.WriteFile(file, nil, 0o600) },
-		"another schema":   func() error { return os.WriteFile(file, []byte(`{"schema":"x","tokens":[]}`), 0o600) },
-		"an unknown key":   func() error { return os.WriteFile(file, []byte(`{"schema":"autonomy.tokens/v0","tokens":[],"x":1}`), 0o600) },
+		"gone":           func() error { return os.Remove(file) },
+		"cut off":        func() error { return os.WriteFile(file, good[:len(good)/2], 0o600) },
+		"empty":          func() error { return os.WriteFile(file, nil, 0o600) },
+		"another schema": func() error { return os.WriteFile(file, []byte(`{"schema":"x","tokens":[]}`), 0o600) },
+		"an unknown key": func() error {
+			return os.WriteFile(file, []byte(`{"schema":"autonomy.tokens/v0","tokens":[],"x":1}`), 0o600)
+		},
 		"others may write": func() error { return os.Chmod(file, 0o666) },
 		"a directory":      func() error { return errors.Join(os.Remove(file), os.Mkdir(file, 0o700)) },
 		"too long":         func() error { return os.Truncate(file, MaxFileBytes+1) },
@@ -314,9 +316,9 @@ func (remote) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2
 
 func TestParseCallers(t *testing.T) {
 	for text, want := range map[string]string{
-		"":                                        "",
-		"defaults: {rate: 5}":                     "",
-		"principals: {a: {uid: [1], limits: {}}}": "",
+		"":                    "",
+		"defaults: {rate: 5}": "",
+		"principals: {a: {uid: [1], limits: {}}}":          "",
 		"principals: {a: {uid: [1]}, b: {uid: [1]}}":       "uid 1 is both a and b",
 		"principals: {a: {gid: [1]}, b: {gid: [1]}}":       "gid 1 is both a and b",
 		"principals: {a: {cert: [x]}, b: {cert: [x]}}":     `"x" is both a and b`,

@@ -52,6 +52,8 @@ type Limits struct {
 	start   time.Time
 	budget  *budget
 
+	overRate, overConcurrent, overBudget atomic.Uint64
+
 	shares atomic.Pointer[map[string]*Share] // copied on write
 	mu     sync.Mutex                        // writers of shares
 	rest   *Share
@@ -117,6 +119,11 @@ func (l *Limits) Enter(c Caller) (*Share, error) {
 	return s, nil
 }
 
+// Refused is how many calls each limit has refused so far.
+func (l *Limits) Refused() map[string]uint64 {
+	return map[string]uint64{LimitRate: l.overRate.Load(), LimitConcurrent: l.overConcurrent.Load(), LimitBudget: l.overBudget.Load()}
+}
+
 // Leave ends a call.
 func (s *Share) Leave() {
 	if s != nil {
@@ -147,6 +154,14 @@ func (s *Share) take(now int64, set LimitSet) (wait time.Duration) {
 }
 
 func (l *Limits) refuse(s *Share, now time.Time, limit, most string, wait time.Duration) *LimitError {
+	switch limit {
+	case LimitRate:
+		l.overRate.Add(1)
+	case LimitConcurrent:
+		l.overConcurrent.Add(1)
+	case LimitBudget:
+		l.overBudget.Add(1)
+	}
 	e := &LimitError{Limit: limit, Max: most, RetryAfter: wait}
 	at := int64(now.Sub(l.start)) + 1 // 0 means never
 	if last := s.noted.Load(); (last == 0 || at-last >= int64(noteEvery)) && s.noted.CompareAndSwap(last, at) {

@@ -48,6 +48,10 @@ const (
 	ReleaseActivated     = "release.activated"
 	ReleaseRefused       = "release.refused" // body says which step and code
 
+	CallerLimited  = "caller.limited"  // a caller ran into one of its limits, at most once a minute; body: LimitedBody
+	CallerRefused  = "caller.refused"  // credentials that do not hold were shown, at most once a minute; body: counts since the last one
+	CallersChanged = "callers.changed" // tokens, certificates, revocation list or callers file came into force anew; body: files, problems
+
 	EvaluatorError = "error.evaluator" // policy evaluation failed: the call was denied
 	ExportError    = "error.export"    // delivery is exhausted or was partly rejected
 )
@@ -124,6 +128,14 @@ type ActionBody struct {
 	ErrorCode  string          `json:"error_code,omitempty"`
 	Error      string          `json:"error,omitempty"`
 	Output     json.RawMessage `json:"output,omitempty"`
+}
+
+// LimitedBody is the body of a CallerLimited.
+type LimitedBody struct {
+	CallerType string `json:"caller_type"`
+	CallerID   string `json:"caller_id"`
+	Limit      string `json:"limit"` // rate, concurrent, budget
+	Max        string `json:"max"`   // for people
 }
 
 // LifecycleBody is the body of the release.* events.

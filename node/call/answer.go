@@ -3,6 +3,7 @@ package call
 import (
 	"encoding/json"
 	"strconv"
+	"time"
 
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/strictjson"
@@ -34,6 +35,8 @@ type Answer struct {
 	ErrMsg    string
 	DryRun    bool
 	Replayed  bool // sent as header Idempotent-Replay: true
+
+	RetryAfter time.Duration // sent as header Retry-After in whole seconds; 0: not sent, or the door's default
 }
 
 func deny(status int, layer, code, reason string) Answer {

@@ -32,6 +32,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
@@ -77,6 +78,8 @@ type Options struct {
 	// MaxCallIDs is how many call ids are remembered for idempotent replay,
 	// oldest forgotten first. Default 65536.
 	MaxCallIDs int
+	// Limits hold each caller to its own. nil: there are none.
+	Limits *auth.Limits
 	// Refuse, when it returns a reason, denies every call: the platform does
 	// not give what the operator demanded. May be nil.
 	Refuse func() string
@@ -159,6 +162,11 @@ func (p *Pipeline) Do(ctx context.Context, r *Request, mode Mode) (a Answer) {
 	if why := p.o.Refuse(); why != "" {
 		return deny(http.StatusServiceUnavailable, LayerAssurance, "assurance_refused", why)
 	}
+	share, refused := p.admit(r)
+	if refused != nil {
+		return *refused
+	}
+	defer share.Leave()
 	tools := p.o.Tools()
 	t, ok := tools.Lookup(r.Kind)
 	if !ok {
@@ -363,11 +371,9 @@ func (p *Pipeline) appendInput(b []byte, r *Request, agent Agent, now time.Time)
 	b = append(b, r.Params...)
 	b = append(b, `,"session":`...)
 	b = strictjson.AppendString(b, r.Session)
-	b = append(b, `,"caller":{"type":`...)
-	b = strictjson.AppendString(b, r.Caller.Type)
-	b = append(b, `,"id":`...)
-	b = strictjson.AppendString(b, r.Caller.ID)
-	b = append(b, `},"agent":{"id":`...)
+	b = append(b, `,"caller":`...)
+	b = appendCaller(b, &r.Caller)
+	b = append(b, `,"agent":{"id":`...)
 	b = strictjson.AppendString(b, agent.ID)
 	b = append(b, `,"release":`...)
 	b = strictjson.AppendString(b, agent.ReleaseID)

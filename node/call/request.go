@@ -22,12 +22,6 @@ type Request struct {
 	TraceParent string `json:"-"` // W3C traceparent header, checked by ParseTraceParent
 }
 
-// Caller is the authenticated principal.
-type Caller struct {
-	Type string // unix, anonymous
-	ID   string // uid:1000; loopback
-}
-
 // Limits of a request's fields.
 const (
 	MaxKindBytes    = 128

@@ -16,13 +16,14 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/valyala/fasthttp"
-	"golang.org/x/sys/unix"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/tool"
@@ -36,6 +37,15 @@ type Options struct {
 	Ready    func() []string // what is not ready; empty: ready
 	Metrics  func(io.Writer) // Prometheus text
 	Logger   *slog.Logger
+
+	// Auth tells who calls; required.
+	Auth *auth.Authenticator
+	// AllowedHosts are names that a Host header may have beside a listener's own
+	// address, without a port.
+	AllowedHosts []string
+	// Refused is told of each credential that does not hold: token, certificate.
+	// May be nil.
+	Refused func(what string)
 
 	MaxBodyBytes   int           // request body; default 256 KiB → 413
 	MaxHeaderBytes int           // request line and headers; default 8 KiB → 431
@@ -111,10 +121,7 @@ func (discard) Printf(string, ...any) {}
 
 // Serve serves ln until Shutdown.
 func (s *Server) Serve(ln net.Listener) error {
-	if _, ok := ln.(*net.UnixListener); ok {
-		ln = peerListener{ln}
-	}
-	if err := s.http.Serve(ln); err != nil {
+	if err := s.http.Serve(s.o.Auth.Listener(ln)); err != nil {
 		return fmt.Errorf("serve %s: %w", run.Addr(ln), err)
 	}
 	return nil
@@ -136,105 +143,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// peerConn is a Unix connection with its caller, read once when it was accepted.
-type peerConn struct {
-	net.Conn
-	caller call.Caller
-}
-
-type peerListener struct{ net.Listener }
-
-func (l peerListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		uc, ok := c.(*net.UnixConn)
-		if !ok {
-			return c, nil
-		}
-		raw, err := uc.SyscallConn()
-		if err != nil {
-			c.Close()
-			continue
-		}
-		var cred *unix.Ucred
-		var credErr error
-		if err := raw.Control(func(fd uintptr) {
-			cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		}); err != nil || credErr != nil {
-			c.Close() // who cannot be named is not served
-			continue
-		}
-		return peerConn{c, call.Caller{Type: "unix", ID: fmt.Sprintf("uid:%d", cred.Uid)}}, nil
-	}
-}
-
-// anonymous is who calls on loopback without a credential; policy sees that.
-var anonymous = call.Caller{Type: "anonymous", ID: "loopback"}
-
-// authenticate establishes who calls. A credential that this node cannot check
-// is refused, never taken for anonymous.
-func authenticate(ctx *fasthttp.RequestCtx) (call.Caller, bool) {
-	if len(ctx.Request.Header.Peek(fasthttp.HeaderAuthorization)) > 0 {
-		return call.Caller{}, false
-	}
-	if pc, ok := ctx.Conn().(peerConn); ok {
-		return pc.caller, true
-	}
-	return anonymous, true
-}
-
-// foreign reports why a request comes from where it should not, "" when it
-// does not: Host must name this machine (DNS rebinding), Origin must be absent
-// or this server (a page in a browser).
-func foreign(ctx *fasthttp.RequestCtx) string {
-	if _, ok := ctx.Conn().(peerConn); ok {
-		if len(ctx.Request.Header.Peek(fasthttp.HeaderOrigin)) > 0 {
-			return "requests from a browser are not served here"
-		}
-		return ""
-	}
-	host := string(ctx.Request.Header.Host())
-	if !ownHost(host, ctx.LocalAddr()) {
-		return "the Host header does not name this listener: use the address that the node prints at start"
-	}
-	if o := ctx.Request.Header.Peek(fasthttp.HeaderOrigin); len(o) > 0 && string(o) != "http://"+host {
-		return "requests from another origin are not served here"
-	}
-	return ""
-}
-
-func ownHost(host string, local net.Addr) bool {
-	name, port, err := net.SplitHostPort(host)
-	if err != nil {
-		name, port = strings.Trim(host, "[]"), "80"
-	}
-	addr, ok := local.(*net.TCPAddr)
-	if !ok || port != fmt.Sprint(addr.Port) {
-		return false
-	}
-	if name == "localhost" {
-		return addr.IP.IsLoopback()
-	}
-	ip := net.ParseIP(name)
-	return ip != nil && ip.Equal(addr.IP)
-}
-
 // routes are method and path; nothing else is served.
 func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Response.Header
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
-	if why := foreign(ctx); why != "" {
-		s.deny(ctx, fasthttp.StatusForbidden, "forbidden_origin", why)
-		return
-	}
-	caller, ok := authenticate(ctx)
+	caller, ok := s.enter(ctx)
 	if !ok {
-		h.Set("WWW-Authenticate", "Bearer")
-		s.deny(ctx, fasthttp.StatusUnauthorized, "unauthenticated", "this node checks no bearer tokens: leave the Authorization header out, or call on its Unix socket")
 		return
 	}
 	path := string(ctx.Path())
@@ -312,7 +227,7 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, a *call.Answer) {
 		ctx.Response.Header.Set("Idempotent-Replay", "true")
 	}
 	if a.Status == fasthttp.StatusServiceUnavailable || a.Status == fasthttp.StatusTooManyRequests {
-		ctx.Response.Header.Set("Retry-After", "1")
+		ctx.Response.Header.Set("Retry-After", strconv.FormatInt(max(1, int64((a.RetryAfter+time.Second-1)/time.Second)), 10))
 	}
 	buf := s.bufs.Get().(*[]byte)
 	*buf = a.AppendJSON((*buf)[:0])

@@ -19,6 +19,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/httpapi"
@@ -84,9 +85,13 @@ func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	t.Cleanup(func() { a.log.Close() })
 	registry := func() *tool.Registry { return tools }
 	quiet := slog.New(slog.DiscardHandler)
+	anyone, err := auth.Open(auth.Options{Anonymous: true, Logger: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
 	pipeline := call.New(call.Options{Log: a.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
 		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
-	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, MaxBodyBytes: 4 << 10,
+	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, Auth: anyone, MaxBodyBytes: 4 << 10,
 		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready }, Metrics: pipeline.WriteMetrics}
 	if change != nil {
 		change(&o)
@@ -211,7 +216,9 @@ func TestBadRequests(t *testing.T) {
 		"header over the limit": {headers: "X-Big: " + strings.Repeat("x", 9000) + "\r\n", body: good, status: 431, want: "over 8192 bytes"},
 		"content type":          {headers: "Content-Type: text/plain\r\n", body: good, status: 415, want: "application/json"},
 		"content encoding":      {headers: "Content-Encoding: gzip\r\n", body: good, status: 415, want: "without Content-Encoding"},
-		"a token":               {headers: "Authorization: Bearer x\r\n", body: good, status: 401, want: "checks no bearer tokens"},
+		"an unknown token":      {headers: "Authorization: Bearer x\r\n", body: good, status: 401, want: "token is not valid"},
+		"an empty token":        {headers: "Authorization:\r\n", body: good, status: 401, want: "token is not valid"},
+		"another scheme":        {headers: "Authorization: Basic eDp5\r\n", body: good, status: 401, want: "token is not valid"},
 		"a page of a site":      {headers: "Origin: https://evil.test\r\n", body: good, status: 403, want: "another origin"},
 		"a sandboxed page":      {headers: "Origin: null\r\n", body: good, status: 403, want: "another origin"},
 	} {
@@ -276,7 +283,7 @@ func TestPeer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := fmt.Sprintf(`"caller":{"type":"unix","id":"uid:%d"}`, os.Getuid()); !bytes.Contains(payload, []byte(want)) {
+	if want := fmt.Sprintf(`"caller":{"type":"unix","id":"uid:%d","uid":%[1]d,"gid":%d,"pid":%d}`, os.Getuid(), os.Getgid(), os.Getpid()); !bytes.Contains(payload, []byte(want)) {
 		t.Errorf("no %s in %q", want, payload)
 	}
 	// What one caller did, another does not see.
