@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/strictjson"
 )
@@ -34,9 +35,18 @@ type Answer struct {
 	ErrCode   string
 	ErrMsg    string
 	DryRun    bool
-	Replayed  bool // sent as header Idempotent-Replay: true
+	Verdict   *Verdict // of a Query that was decided and recorded
+	Replayed  bool     // sent as header Idempotent-Replay: true
 
 	RetryAfter time.Duration // sent as header Retry-After in whole seconds; 0: not sent, or the door's default
+}
+
+// Verdict is a policy's decision for a caller that enforces it itself.
+type Verdict struct {
+	Allow       bool
+	Reasons     []event.Reason
+	Constraints constraint.Constraints
+	Redact      []string
 }
 
 func deny(status int, layer, code, reason string) Answer {

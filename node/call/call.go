@@ -141,6 +141,7 @@ type Mode int
 const (
 	Execute  Mode = iota // the whole way
 	Evaluate             // decide and record; execute nothing
+	Query                // Evaluate for a caller that enforces the decision itself: the kind need not be a tool of this node
 )
 
 // Do takes one call through the pipeline. It always answers; ctx ends the tool
@@ -169,13 +170,15 @@ func (p *Pipeline) Do(ctx context.Context, r *Request, mode Mode) (a Answer) {
 	defer share.Leave()
 	tools := p.o.Tools()
 	t, ok := tools.Lookup(r.Kind)
-	if !ok {
+	if !ok && mode != Query {
 		return deny(http.StatusBadRequest, LayerRequest, "unknown_tool", unknownTool(r.Kind, tools))
 	}
-	if err := t.Validate(r.Params); err != nil {
-		return deny(http.StatusBadRequest, LayerRequest, "invalid_params", err.Error())
+	if ok {
+		if err := t.Validate(r.Params); err != nil {
+			return deny(http.StatusBadRequest, LayerRequest, "invalid_params", err.Error())
+		}
 	}
-	if r.CallID == "" || mode == Evaluate {
+	if r.CallID == "" || mode != Execute {
 		return p.run(ctx, r, t, tools, mode, nil)
 	}
 	return p.once(ctx, r, t, tools, mode)
@@ -267,13 +270,16 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 			return auditFailed(err)
 		}
 	}
+	if mode == Query {
+		a.Verdict = &Verdict{Allow: d.Allow, Reasons: d.Reasons, Constraints: d.Constraints, Redact: d.Redact}
+	}
 	if !d.Allow {
 		a.Status, a.Decision, a.Layer = http.StatusForbidden, "deny", LayerPolicy
 		a.Reasons, a.Reason = d.Reasons, d.Reasons[0].Message
 		return a
 	}
 	a.Decision = "allow"
-	if mode == Evaluate {
+	if mode != Execute {
 		a.Status, a.Reasons = http.StatusOK, d.Reasons
 		return a
 	}
@@ -411,7 +417,7 @@ func (p *Pipeline) appendDecisionBody(b []byte, r *Request, input []byte, d *pre
 		b = append(b, `,"reasons":`...)
 		b = appendReasons(b, d.Reasons)
 	}
-	if mode == Evaluate {
+	if mode != Execute {
 		b = append(b, `,"dry_run":true`...)
 	}
 	if r.CallID != "" {

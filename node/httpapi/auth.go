@@ -19,10 +19,10 @@ import (
 // about what it does.
 var public = []string{"/healthz", "/readyz"}
 
-// enter decides whether a request is looked at at all: its framing has one
+// identify decides whether a request is looked at at all: its framing has one
 // reading, it comes from where it may come from, and its caller is known. When
 // it returns false it has answered.
-func (s *Server) enter(ctx *fasthttp.RequestCtx) (call.Caller, bool) {
+func (s *Server) identify(ctx *fasthttp.RequestCtx) (call.Caller, bool) {
 	if why := framing(&ctx.Request.Header); why != "" {
 		ctx.SetConnectionClose()
 		s.deny(ctx, fasthttp.StatusBadRequest, "malformed", why)

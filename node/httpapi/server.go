@@ -148,7 +148,7 @@ func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Response.Header
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
-	caller, ok := s.enter(ctx)
+	caller, ok := s.identify(ctx)
 	if !ok {
 		return
 	}
@@ -160,9 +160,12 @@ func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	if path == "/v1/tool" {
 		method = fasthttp.MethodPost
 	}
+	if handler == nil {
+		method, handler = s.queries(path)
+	}
 	switch {
 	case handler == nil:
-		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /healthz, /readyz and /metrics")
+		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /v1/data/autonomy/{rule}, /access/v1/evaluation, /access/v1/evaluations, /healthz, /readyz and /metrics")
 	case string(ctx.Method()) != method:
 		h.Set("Allow", method)
 		s.deny(ctx, fasthttp.StatusMethodNotAllowed, "method_not_allowed", "use "+method)

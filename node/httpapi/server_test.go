@@ -49,7 +49,14 @@ type api struct {
 	ready  []string
 }
 
+const echoPolicy = "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\"}\n"
+
 func serve(t *testing.T, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveWith(t, echoPolicy, change)
+}
+
+func serveWith(t *testing.T, rego string, change func(*httpapi.Options)) *api {
 	t.Helper()
 	a := &api{t: t}
 	dir := t.TempDir()
@@ -57,7 +64,6 @@ func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	if err := os.Mkdir(policyDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	rego := "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\"}\n"
 	if err := os.WriteFile(filepath.Join(policyDir, "p.rego"), []byte(rego), 0o600); err != nil {
 		t.Fatal(err)
 	}
