@@ -60,6 +60,7 @@ type Config struct {
 	MaxBody     conf.Size
 	MaxInFlight int
 	MaxConns    int
+	MaxCallIDs  int  // remembered for idempotent replay
 	PlainHTTP   bool // allow http:// registries beyond loopback
 }
 
@@ -83,6 +84,7 @@ func Defaults() Config {
 		MaxBody:     httpapi.DefaultMaxBodyBytes,
 		MaxInFlight: httpapi.DefaultMaxInFlight,
 		MaxConns:    httpapi.DefaultMaxConns,
+		MaxCallIDs:  1 << 16,
 	}
 }
 
@@ -126,6 +128,7 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.Var(&c.MaxBody, "max-body-bytes", "largest request body")
 	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; above: 429")
 	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections")
+	fs.IntVar(&c.MaxCallIDs, "max-call-ids", c.MaxCallIDs, "call ids that are remembered; the oldest is forgotten, and may then run again")
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
 }
 
@@ -222,6 +225,9 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxInFlight < 1 || c.MaxInFlight > 1<<16 {
 		fault("--max-in-flight is %d, want 1 to 65536", c.MaxInFlight)
+	}
+	if c.MaxCallIDs < 1 || c.MaxCallIDs > 1<<22 {
+		fault("--max-call-ids is %d, want 1 to 4194304", c.MaxCallIDs)
 	}
 	if c.MaxConns < 1 || c.MaxConns > 1<<20 {
 		fault("--max-connections is %d, want 1 to 1048576", c.MaxConns)

@@ -117,6 +117,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if n.signer, n.keyID, err = logKey(cfg); err != nil {
 		return err
 	}
+	secret, err := recordSecret(cfg)
+	if err != nil {
+		return err
+	}
 	n.log = log.With("node", n.id)
 	// What the operator may have got wrong comes before the log, which takes its
 	// time at the first start.
@@ -142,7 +146,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
-		Refuse: n.refused, Limits: n.limits,
+		Refuse: n.refused, Limits: n.limits, Secret: secret, CallsFile: filepath.Join(cfg.StateDir, "calls"), MaxCallIDs: cfg.MaxCallIDs,
 	})
 	if err := n.connect(); err != nil {
 		return err
@@ -187,6 +191,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	background.Go(func() { n.watchPlatform(loops) })
 	background.Go(func() { n.reloads(loops) })
 	background.Go(func() { n.watchCallers(loops) })
+	background.Go(func() { n.keepCalls(loops) })
 	exporting, stopExport := context.WithCancel(context.Background())
 	defer stopExport()
 	var exports sync.WaitGroup
@@ -221,6 +226,8 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	if serr := n.wal.Sync(context.WithoutCancel(grace)); serr != nil {
 		err = errors.Join(err, fmt.Errorf("make the log durable: %w", serr))
+	} else {
+		n.saveCalls(context.WithoutCancel(grace))
 	}
 	n.drain()
 	stopExport()

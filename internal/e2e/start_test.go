@@ -46,6 +46,7 @@ func TestRefusesToStart(t *testing.T) {
 		{"node beyond loopback, callers unknown", "autonomy-node", []string{"--listen=0.0.0.0:7777", "--tls-cert=c", "--tls-key=k", state("a")}, run.Usage, "give --tokens or --tls-client-ca"},
 		{"tokens that cannot be read", "autonomy-node", append([]string{"--tokens", write("t.json", `{"schema":"autonomy.tokens/v0"}x`), state("a")}, small...), run.Usage, "t.json"},
 		{"callers with a slip", "autonomy-node", append([]string{"--callers", write("callers.yaml", "principal: {}\n"), state("a")}, small...), run.Usage, "callers.yaml"},
+		{"damaged record secret", "autonomy-node", append([]string{state("s")}, small...), run.Integrity, "record secret"},
 		{"damaged budgets", "autonomy-node", append([]string{state("budget")}, small...), run.Integrity, "budget"},
 		{"releases without trust", "autonomy-node", []string{"--cp-url=http://127.0.0.1:1", state("a")}, run.Usage, "--cp-url needs --trust"},
 		{"trust that is no keyring", "autonomy-node", append([]string{"--cp-url=http://127.0.0.1:1", "--trust", write("k.json", `{"schema":"x"}`), state("b")}, small...), run.Usage, "k.json"},
@@ -66,6 +67,8 @@ func TestRefusesToStart(t *testing.T) {
 			switch tc.name {
 			case "damaged identity":
 				write("d/identity/node.json", `{"node_id":"../x"}`)
+			case "damaged record secret":
+				write("s/identity/digest.key", "abc\n")
 			case "damaged budgets":
 				write("budget/budget.json", `{"day":"tomorrow"}`)
 			case "damaged node key":

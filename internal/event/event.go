@@ -107,7 +107,8 @@ type Reason struct {
 
 // DecisionBody is the body of a Decision. Input is exactly the bytes that were
 // evaluated: with the bundle named by PolicyDigest they give this decision
-// again (INV-17).
+// again (INV-17). Where Redacted names something it is not: what stood there is
+// replaced, and the decision cannot be computed again from the record.
 type DecisionBody struct {
 	Layer        string          `json:"layer,omitempty"` // who denied: policy, assurance
 	Reasons      []Reason        `json:"reasons,omitempty"`
@@ -115,12 +116,15 @@ type DecisionBody struct {
 	PolicyDigest string          `json:"policy_digest,omitempty"` // sha256: of the bundle file
 	EvalNS       int64           `json:"eval_ns"`                 // nanoseconds in the evaluator
 	CallID       string          `json:"call_id,omitempty"`
-	DryRun       bool            `json:"dry_run,omitempty"`
+	ParamsDigest string          `json:"params_digest,omitempty"` // with CallID: keyed with the node's secret, of kind and params
+	DryRun       bool            `json:"dry_run,omitempty"`       // nothing was executed by this node
+	Redacted     []string        `json:"redacted,omitempty"`      // JSON Pointers into Input
 	Input        json.RawMessage `json:"input"`
 }
 
-// ActionBody is the body of an Action. Response is the answer's output, cut to
-// the tool's output limit.
+// ActionBody is the body of an Action. Output is the tool's, unless it is too
+// long to be kept or the policy redacts: then its digest and length stand in,
+// "sha256:" of a long one, keyed ("hmac-sha256:") of a redacted one.
 type ActionBody struct {
 	Layer      string          `json:"layer,omitempty"` // runtime, when enforcement refused
 	Reasons    []Reason        `json:"reasons,omitempty"`
@@ -128,6 +132,9 @@ type ActionBody struct {
 	ErrorCode  string          `json:"error_code,omitempty"`
 	Error      string          `json:"error,omitempty"`
 	Output     json.RawMessage `json:"output,omitempty"`
+
+	OutputDigest string `json:"output_digest,omitempty"`
+	OutputBytes  int64  `json:"output_bytes,omitempty"`
 }
 
 // LimitedBody is the body of a CallerLimited.

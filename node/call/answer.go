@@ -94,6 +94,17 @@ func appendField(b []byte, key, val string) []byte {
 	return strictjson.AppendString(b, val)
 }
 
+func appendStrings(b []byte, list []string) []byte {
+	b = append(b, '[')
+	for i, s := range list {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strictjson.AppendString(b, s)
+	}
+	return append(b, ']')
+}
+
 func appendInt(b []byte, key string, val int64) []byte {
 	b = append(b, ',', '"')
 	b = append(b, key...)

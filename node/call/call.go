@@ -17,10 +17,8 @@
 package call
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -78,6 +76,17 @@ type Options struct {
 	// MaxCallIDs is how many call ids are remembered for idempotent replay,
 	// oldest forgotten first. Default 65536.
 	MaxCallIDs int
+	// ReplayWait is how long a call with a call_id waits for the first one with
+	// it that is still running. Default 30 s.
+	ReplayWait time.Duration
+	// Secret keys the digests in records, so that who reads a log cannot find
+	// out by trial what was redacted. The node's own, 32 bytes, the same at each
+	// start; with another one a call_id of before is answered 409. nil: one of
+	// this process.
+	Secret []byte
+	// CallsFile keeps what Recover would else find out by reading the whole log.
+	// Empty: Recover reads it.
+	CallsFile string
 	// Limits hold each caller to its own. nil: there are none.
 	Limits *auth.Limits
 	// Refuse, when it returns a reason, denies every call: the platform does
@@ -128,7 +137,14 @@ func New(o Options) *Pipeline {
 	if o.Refuse == nil {
 		o.Refuse = func() string { return "" }
 	}
-	p := &Pipeline{o: o, calls: newReplays(o.MaxCallIDs)}
+	if o.ReplayWait == 0 {
+		o.ReplayWait = 30 * time.Second
+	}
+	if o.Secret == nil {
+		o.Secret = make([]byte, 32)
+		_, _ = rand.Read(o.Secret) // never fails
+	}
+	p := &Pipeline{o: o, calls: newReplays(o.MaxCallIDs, o.Secret)}
 	p.metrics.init()
 	p.scratch.New = func() any { return &scratch{} }
 	return p
@@ -197,7 +213,7 @@ func unknownTool(kind string, tools *tool.Registry) string {
 }
 
 // run is the order of one call. e is nil unless the call has a call_id.
-func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *tool.Registry, mode Mode, e *entry) Answer {
+func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *tool.Registry, mode Mode, e *running) Answer {
 	active := p.o.Policies.Current()
 	if active == nil {
 		return deny(http.StatusServiceUnavailable, LayerPolicy, "no_policy",
@@ -249,9 +265,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 		return auditFailed(err)
 	}
 	a.AuditID = auditID
-	if e != nil {
-		e.decided(seq)
-	}
+	e.decided(seq)
 	if evalErr != nil {
 		p.evaluatorFailed(auditID, bundle, evalErr)
 	}
@@ -264,8 +278,9 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 		if err != nil {
 			if d.Allow && mode == Execute {
 				// The log says allow; say also that nothing ran.
-				p.recordAction(&rec, &tool.Result{Outcome: tool.OutcomeDenied, Code: "audit_unavailable",
+				actionSeq, _ := p.recordAction(&rec, &tool.Result{Outcome: tool.OutcomeDenied, Code: codeAudit,
 					Message: "the decision could not be made durable: the tool was not started"}, LayerAudit, 0, false)
+				e.acted(actionSeq)
 			}
 			return auditFailed(err)
 		}
@@ -285,7 +300,8 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	}
 	if ctx.Err() != nil { // the node stops, or the caller left while we waited
 		res := tool.Result{Outcome: tool.OutcomeKilled, Code: "canceled", Message: "the call was cancelled before the tool started"}
-		p.recordAction(&rec, &res, LayerRuntime, 0, false)
+		actionSeq, _ := p.recordAction(&rec, &res, LayerRuntime, 0, false)
+		e.acted(actionSeq)
 		return finish(a, &res)
 	}
 
@@ -296,9 +312,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	took := time.Since(began)
 	p.metrics.Tool.Update(took.Seconds())
 	actionSeq, err := p.recordAction(&rec, &res, LayerRuntime, took, len(d.Redact) > 0)
-	if e != nil {
-		e.acted(actionSeq)
-	}
+	e.acted(actionSeq)
 	if err != nil {
 		// The effect has happened and its record could not be written: the
 		// decision record stands, and the caller must learn what happened.
@@ -323,7 +337,7 @@ func finish(a Answer, res *tool.Result) Answer {
 }
 
 func auditFailed(err error) Answer {
-	code, reason := "audit_unavailable", "the decision could not be recorded durably: denied. See the node's log and GET /v1/status"
+	code, reason := codeAudit, "the decision could not be recorded durably: denied. See the node's log and GET /v1/status"
 	switch {
 	case errors.Is(err, wal.ErrCeilingExceeded):
 		code, reason = "log_full", "the node's log is at its ceiling and nothing in it has been delivered yet: denied. Restore the export endpoint, or raise --wal-max-bytes"
@@ -422,10 +436,15 @@ func (p *Pipeline) appendDecisionBody(b []byte, r *Request, input []byte, d *pre
 	}
 	if r.CallID != "" {
 		b = appendField(b, "call_id", r.CallID)
-		b = appendField(b, "params_digest", paramsDigest(r))
+		b = appendField(b, "params_digest", p.calls.paramsDigest(r))
+	}
+	shown, hit := redact(input, d.Redact)
+	if len(hit) > 0 {
+		b = append(b, `,"redacted":`...)
+		b = appendStrings(b, hit)
 	}
 	b = append(b, `,"input":`...)
-	b = append(b, redact(input, d.Redact)...)
+	b = append(b, shown...)
 	return append(b, '}')
 }
 
@@ -482,8 +501,7 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 	switch {
 	case len(res.Output) == 0:
 	case secret || len(res.Output) > p.o.MaxRecordOutput:
-		sum := sha256.Sum256(res.Output)
-		b = appendField(b, "output_digest", "sha256:"+hex.EncodeToString(sum[:]))
+		b = appendField(b, "output_digest", p.outputDigest(res.Output, secret))
 		b = appendInt(b, "output_bytes", int64(len(res.Output)))
 	default:
 		b = append(b, `,"output":`...)
@@ -516,55 +534,4 @@ func (p *Pipeline) Note(c wal.Class, eventType string, body any) (uint64, error)
 	rec.Put(res.Buf, res.Seq)
 	res.Commit()
 	return res.Seq, nil
-}
-
-// redact replaces what the JSON Pointers name by "[redacted]". The input is an
-// object that the strict decoder accepted. A pointer that names nothing is
-// passed over.
-func redact(input []byte, pointers []string) []byte {
-	if len(pointers) == 0 {
-		return input
-	}
-	dec := json.NewDecoder(bytes.NewReader(input))
-	dec.UseNumber()
-	var doc any
-	if err := dec.Decode(&doc); err != nil {
-		return []byte(`{"redacted":true}`)
-	}
-	for _, ptr := range pointers {
-		blank(doc, strings.Split(strings.TrimPrefix(ptr, "/"), "/"))
-	}
-	out, err := json.Marshal(doc)
-	if err != nil {
-		return []byte(`{"redacted":true}`)
-	}
-	return out
-}
-
-var unescapePointer = strings.NewReplacer("~1", "/", "~0", "~")
-
-func blank(doc any, path []string) {
-	key := unescapePointer.Replace(path[0])
-	switch v := doc.(type) {
-	case map[string]any:
-		next, ok := v[key]
-		if !ok {
-			return
-		}
-		if len(path) == 1 {
-			v[key] = "[redacted]"
-			return
-		}
-		blank(next, path[1:])
-	case []any:
-		i, err := strconv.Atoi(key)
-		if err != nil || i < 0 || i >= len(v) {
-			return
-		}
-		if len(path) == 1 {
-			v[i] = "[redacted]"
-			return
-		}
-		blank(v[i], path[1:])
-	}
 }

@@ -122,7 +122,8 @@ func (r *rig) open() (unknown int) {
 	o := call.Options{
 		Log: r.log, Policies: &r.policy, Tools: func() *tool.Registry { return r.tools }, Logger: slog.New(slog.NewTextHandler(r.logs, nil)),
 		NodeID: "n-1", Labels: map[string]string{"zone": "a"}, Assurance: func() string { return "reduced" },
-		Agent: func() call.Agent { return call.Agent{ID: "agent", ReleaseID: "r-1", Fingerprint: "blake3:00"} },
+		Agent:  func() call.Agent { return call.Agent{ID: "agent", ReleaseID: "r-1", Fingerprint: "blake3:00"} },
+		Secret: []byte("the same at each start"),
 	}
 	if r.opts != nil {
 		r.opts(&o)
