@@ -73,6 +73,7 @@ const (
 const (
 	DefaultTimeout = 30 * time.Second // wall time of one call
 	MaxTimeout     = time.Hour        // the most that tools.yaml may give
+	MaxSchemaBytes = 256 << 10        // of an input schema
 )
 
 // Tool is one definition. Callers must not change it.
@@ -97,6 +98,12 @@ type definition struct {
 // New makes a Tool: it compiles the schema and computes the digest. A schema
 // that does not compile, or that refers to another document, is an error.
 func New(kind, description string, schema json.RawMessage, timeout time.Duration, e Executor) (*Tool, error) {
+	if len(schema) > MaxSchemaBytes {
+		return nil, fmt.Errorf("tool %s: input schema: %d bytes, at most %d", kind, len(schema), MaxSchemaBytes)
+	}
+	if err := strictjson.CheckObject(schema); err != nil {
+		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
+	}
 	def, err := json.Marshal(definition{description, schema, kind})
 	if err != nil {
 		return nil, fmt.Errorf("tool %s: definition: %w", kind, err)
@@ -113,7 +120,8 @@ func New(kind, description string, schema json.RawMessage, timeout time.Duration
 	c := jsonschema.NewCompiler()
 	c.DefaultDraft(jsonschema.Draft2020)
 	c.UseLoader(noLoader{})
-	const url = "tool:input"
+	c.AssertFormat()            // a schema that says "format": "uri" means it
+	const url = "tool:///input" // with a path: a relative reference leads elsewhere, to noLoader
 	if err := c.AddResource(url, doc); err != nil {
 		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
 	}
@@ -141,6 +149,9 @@ var ErrParams = errors.New("invalid params")
 //	invalid params: /endpoint: got number, want string
 func (t *Tool) Validate(params []byte) error {
 	if err := strictjson.CheckObject(params); err != nil {
+		return fmt.Errorf("%w: %w", ErrParams, err)
+	}
+	if err := checkNumbers(params); err != nil {
 		return fmt.Errorf("%w: %w", ErrParams, err)
 	}
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(params))
