@@ -268,6 +268,9 @@ type peerConn struct {
 	peer Caller
 }
 
+// NetConn is the connection underneath, as tls.Conn has it.
+func (c peerConn) NetConn() net.Conn { return c.Conn }
+
 type peerListener struct{ net.Listener }
 
 func (l peerListener) Accept() (net.Conn, error) {

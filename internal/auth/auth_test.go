@@ -343,3 +343,20 @@ func TestParseCallers(t *testing.T) {
 		}
 	}
 }
+
+func FuzzParseCallers(f *testing.F) {
+	f.Add([]byte("principals: {a: {uid: [1], gid: [2], cert: [x], limits: {rate: 1, burst: 2, concurrent: 3, per_day: 4}}}"))
+	f.Add([]byte("defaults: {rate: 1e300}"))
+	f.Add([]byte("a: &a [*a]"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := ParseCallers(data)
+		if err != nil {
+			return
+		}
+		for name := range c.Principals {
+			if set := c.limits(name); !ValidPrincipal(name) || len(set.faults()) > 0 {
+				t.Errorf("accepted %q with %+v", name, set)
+			}
+		}
+	})
+}

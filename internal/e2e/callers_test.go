@@ -306,7 +306,7 @@ func TestCallers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`"caller":{"type":"token","id":"agent-1"}`, `"caller":{"type":"cert","id":"agent"}`, `"caller.limited"`, `"callers.changed"`} {
+	for _, want := range []string{`"caller":{"type":"token","id":"agent-1"}`, `"caller":{"type":"cert","id":"agent"}`, `"caller.limited"`, `"caller.refused"`, `"callers.changed"`} {
 		if !bytes.Contains(export, []byte(want)) {
 			t.Errorf("no %s in the log", want)
 		}

@@ -132,14 +132,11 @@ func (s *Server) authzen(ctx *fasthttp.RequestCtx, handle func(body []byte) (any
 			return
 		}
 	}
-	if fault.status == fasthttp.StatusServiceUnavailable || fault.status == fasthttp.StatusTooManyRequests {
-		ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
-	}
-	s.json(ctx, fault.status, fault.msg)
+	s.fault(ctx, fault, fault.msg)
 }
 
 func badEvaluation(err error) *queryFault {
-	return &queryFault{fasthttp.StatusBadRequest, "malformed", err.Error()}
+	return &queryFault{status: fasthttp.StatusBadRequest, code: "malformed", msg: err.Error()}
 }
 
 // members are those of a JSON object that passed strictjson. Others than the

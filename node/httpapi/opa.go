@@ -59,7 +59,7 @@ func (s *Server) data(ctx *fasthttp.RequestCtx, caller call.Caller) {
 		err = call.Decode(in.Input, &req)
 	}
 	if err != nil {
-		s.dataFault(ctx, &queryFault{fasthttp.StatusBadRequest, "invalid_parameter", "input: " + err.Error()})
+		s.dataFault(ctx, &queryFault{status: fasthttp.StatusBadRequest, code: "invalid_parameter", msg: "input: " + err.Error()})
 		return
 	}
 	req.Caller = caller
@@ -72,7 +72,7 @@ func (s *Server) data(ctx *fasthttp.RequestCtx, caller call.Caller) {
 	rule := strings.TrimPrefix(string(ctx.Path()), dataPrefix)
 	if out.Result, err = lookUp(a, rule); err != nil {
 		s.o.Logger.Error("encode a decision", "audit_id", a.AuditID, "err", err)
-		s.dataFault(ctx, &queryFault{fasthttp.StatusInternalServerError, "internal_error", "the node failed inside; its log has the cause"})
+		s.dataFault(ctx, &queryFault{status: fasthttp.StatusInternalServerError, code: "internal_error", msg: "the node failed inside; its log has the cause"})
 		return
 	}
 	if out.Result == nil {
@@ -118,8 +118,5 @@ func lookUp(a *call.Answer, rule string) (json.RawMessage, error) {
 
 // dataFault answers in OPA's error shape.
 func (s *Server) dataFault(ctx *fasthttp.RequestCtx, f *queryFault) {
-	if f.status == fasthttp.StatusServiceUnavailable || f.status == fasthttp.StatusTooManyRequests {
-		ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
-	}
-	s.json(ctx, f.status, dataMessage{f.code, f.msg})
+	s.fault(ctx, f, dataMessage{f.code, f.msg})
 }

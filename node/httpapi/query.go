@@ -3,6 +3,7 @@ package httpapi
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/valyala/fasthttp"
 
@@ -40,6 +41,15 @@ type queryFault struct {
 	status int
 	code   string
 	msg    string
+	retry  time.Duration // when it is worth asking again; 0: in a second
+}
+
+// fault answers with f in the shape v of its API.
+func (s *Server) fault(ctx *fasthttp.RequestCtx, f *queryFault, v any) {
+	if f.status == fasthttp.StatusServiceUnavailable || f.status == fasthttp.StatusTooManyRequests {
+		ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, retryAfter(f.retry))
+	}
+	s.json(ctx, f.status, v)
 }
 
 // take reads the body of a query and takes a place for it among the running
@@ -49,16 +59,16 @@ func (s *Server) take(ctx *fasthttp.RequestCtx, contentType int) (body []byte, l
 	h := &ctx.Request.Header
 	media, _, _ := strings.Cut(string(h.ContentType()), ";")
 	if !strings.EqualFold(strings.TrimSpace(media), "application/json") {
-		return nil, nil, &queryFault{contentType, "unsupported_media_type", "send Content-Type: application/json"}
+		return nil, nil, &queryFault{status: contentType, code: "unsupported_media_type", msg: "send Content-Type: application/json"}
 	}
 	if len(h.ContentEncoding()) > 0 {
-		return nil, nil, &queryFault{fasthttp.StatusUnsupportedMediaType, "unsupported_encoding", "send the body without Content-Encoding"}
+		return nil, nil, &queryFault{status: fasthttp.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "send the body without Content-Encoding"}
 	}
 	select {
 	case s.slots <- struct{}{}:
 		return ctx.Request.Body(), func() { <-s.slots }, nil
 	default:
-		return nil, nil, &queryFault{fasthttp.StatusTooManyRequests, "overloaded", fmt.Sprintf("%d calls are running, which is this node's limit: try again", s.o.MaxInFlight)}
+		return nil, nil, &queryFault{status: fasthttp.StatusTooManyRequests, code: "overloaded", msg: fmt.Sprintf("%d calls are running, which is this node's limit: try again", s.o.MaxInFlight)}
 	}
 }
 
@@ -67,7 +77,7 @@ func (s *Server) take(ctx *fasthttp.RequestCtx, contentType int) (body []byte, l
 func (s *Server) query(req *call.Request) (*call.Answer, *queryFault) {
 	a := s.o.Pipeline.Do(s.ctx, req, call.Query)
 	if a.Verdict == nil {
-		return nil, &queryFault{a.Status, a.Code, a.Reason}
+		return nil, &queryFault{a.Status, a.Code, a.Reason, a.RetryAfter}
 	}
 	return &a, nil
 }

@@ -38,7 +38,7 @@ type Options struct {
 	Metrics  func(io.Writer) // Prometheus text
 	Logger   *slog.Logger
 
-	// Auth tells who calls; required.
+	// Auth tells who calls. nil: only peers of Unix sockets do.
 	Auth *auth.Authenticator
 	// AllowedHosts are names that a Host header may have beside a listener's own
 	// address, without a port.
@@ -84,6 +84,9 @@ func New(o Options) *Server {
 	o.MaxHeaderBytes = def(o.MaxHeaderBytes, DefaultMaxHeaderBytes)
 	o.MaxInFlight = def(o.MaxInFlight, DefaultMaxInFlight)
 	o.MaxConns = def(o.MaxConns, DefaultMaxConns)
+	if o.Auth == nil {
+		o.Auth, _ = auth.Open(auth.Options{Logger: o.Logger}) // without files nothing can fail, and over TCP nobody gets in
+	}
 	s := &Server{o: o, slots: make(chan struct{}, o.MaxInFlight)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.bufs.New = func() any { b := make([]byte, 0, 4096); return &b }
@@ -230,7 +233,7 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, a *call.Answer) {
 		ctx.Response.Header.Set("Idempotent-Replay", "true")
 	}
 	if a.Status == fasthttp.StatusServiceUnavailable || a.Status == fasthttp.StatusTooManyRequests {
-		ctx.Response.Header.Set("Retry-After", strconv.FormatInt(max(1, int64((a.RetryAfter+time.Second-1)/time.Second)), 10))
+		ctx.Response.Header.Set("Retry-After", retryAfter(a.RetryAfter))
 	}
 	buf := s.bufs.Get().(*[]byte)
 	*buf = a.AppendJSON((*buf)[:0])
@@ -240,6 +243,11 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, a *call.Answer) {
 	if cap(*buf) <= 64<<10 {
 		s.bufs.Put(buf)
 	}
+}
+
+// retryAfter is d in whole seconds, at least 1.
+func retryAfter(d time.Duration) string {
+	return strconv.FormatInt(max(1, int64((d+time.Second-1)/time.Second)), 10)
 }
 
 // toolInfo is one entry of GET /v1/tools.
