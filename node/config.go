@@ -11,6 +11,7 @@ import (
 
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/run"
+	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
 )
@@ -21,55 +22,62 @@ const EnvPrefix = "AUTONOMY_NODE_"
 // Config is everything a node can be told. Each field is one flag, environment
 // variable and line of the configuration file; Defaults and Bind hold the list.
 type Config struct {
-	Listen      []string          // host:port or unix:PATH; only loopback addresses and sockets
-	StateDir    string            // wal/, policy/, release/, identity/
-	Policy      string            // bundle file used while no slot is active; needs no signature
-	Tools       string            // tools.yaml; empty: tool.echo only
-	Durability  string            // strict, batched
-	Sync        time.Duration     // batched: the longest a decision is only in memory
-	WALMax      conf.Size         // ceiling of the log
-	WALSegment  conf.Size         // one slot of the log
-	WALRing     string            // tmpfs directory for the log's ring; empty: mapped files
-	KeepFree    conf.Size         // bytes that the log never takes from the file system
-	OTLP        string            // grpc://HOST:PORT, http://…; empty: not exported
-	OTLPPack    string            // compression of exports: none, gzip, zstd; empty: by endpoint
-	OTLPOutage  time.Duration     // absence of the endpoint after which export waits for an operator
-	CP          string            // control plane; empty: no releases, no watermark
-	Relay       string            // content is pulled through it; empty: from the registry
-	Trust       string            // keyring file; required with CP
-	Channel     string            // release channel
-	Poll        time.Duration     // between polls of the control plane
-	Heartbeat   time.Duration     // between node.heartbeat records
-	MinLevel    string            // none, reduced, full
-	NodeID      string            // default: made once, kept in identity/
-	Labels      map[string]string // for policy and rollouts
-	ReadyFile   string
-	Shutdown    time.Duration // for running calls
-	MaxBody     conf.Size
-	MaxInFlight int
-	MaxConns    int
-	PlainHTTP   bool // allow http:// registries beyond loopback
+	Listen        []string          // host:port or unix:PATH; only loopback addresses and sockets
+	StateDir      string            // wal/, policy/, release/, identity/
+	Policy        string            // bundle file used while no slot is active; needs no signature
+	Tools         string            // tools.yaml; empty: tool.echo only
+	Durability    string            // strict, batched
+	Sync          time.Duration     // batched: the longest a decision is only in memory
+	WALMax        conf.Size         // ceiling of the log
+	WALSegment    conf.Size         // one slot of the log
+	WALRing       string            // tmpfs directory for the log's ring; empty: mapped files
+	KeepFree      conf.Size         // bytes that the log never takes from the file system
+	OTLP          string            // grpc://HOST:PORT, http://…; empty: not exported
+	OTLPPack      string            // compression of exports: none, gzip, zstd; empty: by endpoint
+	OTLPOutage    time.Duration     // absence of the endpoint after which export waits for an operator
+	CP            string            // control plane; empty: no releases, no watermark
+	Relay         string            // content is pulled through it; empty: from the registry
+	Trust         string            // keyring file; required with CP
+	Channel       string            // release channel
+	Poll          time.Duration     // between polls of the control plane
+	Heartbeat     time.Duration     // between node.heartbeat records
+	MinLevel      string            // none, reduced, full
+	NodeID        string            // default: made once, kept in identity/
+	Labels        map[string]string // for policy and rollouts
+	ReadyFile     string
+	Shutdown      time.Duration // for running calls
+	MaxBody       conf.Size
+	MaxBodyMemory conf.Size     // of all bodies being read
+	MaxInFlight   int           // calls at one time
+	MaxQueue      int           // calls that wait for a place
+	QueueWait     time.Duration // the longest they wait
+	MaxConns      int
+	MemoryLimit   conf.Size // of the process; 0: the cgroup's
+	PlainHTTP     bool      // allow http:// registries beyond loopback
 }
 
 // Defaults are the values of a node that is told nothing.
 func Defaults() Config {
 	return Config{
-		Listen:      []string{"127.0.0.1:7777"},
-		StateDir:    run.StateDir("node"),
-		Durability:  "strict",
-		Sync:        5 * time.Millisecond,
-		WALMax:      1 << 30,
-		WALSegment:  64 << 20,
-		KeepFree:    256 << 20,
-		Channel:     "stable",
-		Poll:        30 * time.Second,
-		Heartbeat:   30 * time.Second,
-		MinLevel:    "none",
-		OTLPOutage:  24 * time.Hour,
-		Shutdown:    10 * time.Second,
-		MaxBody:     httpapi.DefaultMaxBodyBytes,
-		MaxInFlight: httpapi.DefaultMaxInFlight,
-		MaxConns:    httpapi.DefaultMaxConns,
+		Listen:        []string{"127.0.0.1:7777"},
+		StateDir:      run.StateDir("node"),
+		Durability:    "strict",
+		Sync:          5 * time.Millisecond,
+		WALMax:        1 << 30,
+		WALSegment:    64 << 20,
+		KeepFree:      256 << 20,
+		Channel:       "stable",
+		Poll:          30 * time.Second,
+		Heartbeat:     30 * time.Second,
+		MinLevel:      "none",
+		OTLPOutage:    24 * time.Hour,
+		Shutdown:      10 * time.Second,
+		MaxBody:       httpapi.DefaultMaxBodyBytes,
+		MaxBodyMemory: httpapi.DefaultMaxBodyMemory,
+		MaxInFlight:   call.DefaultMaxRunning,
+		MaxQueue:      call.DefaultMaxWaiting,
+		QueueWait:     call.DefaultMaxWait,
+		MaxConns:      httpapi.DefaultMaxConns,
 	}
 }
 
@@ -100,8 +108,12 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.ReadyFile, "ready-file", c.ReadyFile, "write the addresses to `FILE` when ready")
 	fs.DurationVar(&c.Shutdown, "shutdown-timeout", c.Shutdown, "time for running calls at SIGTERM")
 	fs.Var(&c.MaxBody, "max-body-bytes", "largest request body")
-	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; above: 429")
-	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections")
+	fs.Var(&c.MaxBodyMemory, "max-body-memory", "memory of all request bodies being read or waiting; above: 429")
+	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; more wait")
+	fs.IntVar(&c.MaxQueue, "max-queue", c.MaxQueue, "calls that wait for a place, at most half of them of one caller; above: 429")
+	fs.DurationVar(&c.QueueWait, "queue-wait", c.QueueWait, "longest `TIME` a call waits for a place; then: 429")
+	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections; above: 503")
+	fs.Var(&c.MemoryLimit, "memory-limit", "memory that this process stays below, and near which it refuses calls; 0: the limit of its cgroup, if that has one")
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
 }
 
@@ -165,6 +177,18 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxInFlight < 1 || c.MaxInFlight > 1<<16 {
 		fault("--max-in-flight is %d, want 1 to 65536", c.MaxInFlight)
+	}
+	if c.MaxBodyMemory < c.MaxBody || c.MaxBodyMemory > 16<<30 {
+		fault("--max-body-memory is %s, want at least --max-body-bytes (%s) and at most 16GiB", c.MaxBodyMemory, c.MaxBody)
+	}
+	if c.MemoryLimit != 0 && c.MemoryLimit < 32<<20 {
+		fault("--memory-limit is %s, want 0 or at least 32MiB", c.MemoryLimit)
+	}
+	if c.MaxQueue < 1 || c.MaxQueue > 1<<20 {
+		fault("--max-queue is %d, want 1 to 1048576", c.MaxQueue)
+	}
+	if c.QueueWait < time.Millisecond || c.QueueWait > time.Minute {
+		fault("--queue-wait is %s, want 1ms to 1m", c.QueueWait)
 	}
 	if c.MaxConns < 1 || c.MaxConns > 1<<20 {
 		fault("--max-connections is %d, want 1 to 1048576", c.MaxConns)

@@ -24,7 +24,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
@@ -79,6 +78,7 @@ type node struct {
 	faults   []prepared.Fallback
 	local    *prepared.Active // from --policy
 	tools    atomic.Pointer[tool.Registry]
+	memory   *memory
 	pipeline *call.Pipeline
 	exporter *export.Exporter // nil: no endpoint
 	poller   *release.Poller  // nil: no control plane
@@ -98,6 +98,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := vfs.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
+	n.memory = limitMemory(int64(cfg.MemoryLimit), log)
 	if err := n.assure(ctx); err != nil {
 		return err // before anything is written: the directory may not be ours
 	}
@@ -130,6 +131,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
 		Refuse: n.refused,
+		Gate:   call.GateOptions{MaxRunning: cfg.MaxInFlight, MaxWaiting: cfg.MaxQueue, MaxWait: cfg.QueueWait, Short: n.memory.short.Load},
 	})
 	if err := n.connect(); err != nil {
 		return err
@@ -140,7 +142,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	server := httpapi.New(httpapi.Options{
 		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
-		MaxBodyBytes: int(cfg.MaxBody), MaxInFlight: cfg.MaxInFlight, MaxConns: cfg.MaxConns,
+		MaxBodyBytes: int(cfg.MaxBody), MaxBodyMemory: int64(cfg.MaxBodyMemory), MaxConns: cfg.MaxConns,
 	})
 	listeners, err := n.listen()
 	if err != nil {
@@ -170,6 +172,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if cfg.Heartbeat > 0 {
 		background.Go(func() { n.heartbeat(loops) })
 	}
+	background.Go(func() { n.memory.watch(loops.Done()) })
 	background.Go(func() { n.watchPlatform(loops) })
 	background.Go(func() { n.reloads(loops) })
 	exporting, stopExport := context.WithCancel(context.Background())
@@ -618,27 +621,6 @@ func (n *node) notReady() []string {
 		out = append(out, "assurance: "+why)
 	}
 	return out
-}
-
-func (n *node) writeMetrics(w io.Writer) {
-	n.pipeline.WriteMetrics(w)
-	if n.exporter != nil {
-		n.exporter.WriteMetrics(w)
-	}
-	st := n.wal.Stats()
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_durable_seq", st.DurableSeq)
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_used_bytes", uint64(st.UsedBytes))
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_max_bytes", uint64(st.MaxBytes))
-	metrics.WriteCounterUint64(w, "autonomy_node_wal_syncs_total", st.Syncs)
-	metrics.WriteCounterUint64(w, "autonomy_node_wal_synced_records_total", st.SyncedRecords)
-	metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_assurance_level{level=%q}`, n.report.Load().Level), 1)
-	policy := uint64(0)
-	if n.Current() != nil {
-		policy = 1
-	}
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_active", policy)
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_slot_faults", uint64(len(n.faults)))
-	metrics.WriteProcessMetrics(w)
 }
 
 // Status is the body of GET /v1/status.

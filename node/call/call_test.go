@@ -545,3 +545,13 @@ func TestRecoverAfterRepair(t *testing.T) {
 		t.Fatalf("%+v, %v", recs, err)
 	}
 }
+
+// inputOf is the policy input of the log's first decision.
+func inputOf(t *testing.T, r *rig) []byte {
+	t.Helper()
+	var body struct{ Input json.RawMessage }
+	if err := json.Unmarshal(r.records()[0].Body, &body); err != nil {
+		t.Fatal(err)
+	}
+	return body.Input
+}

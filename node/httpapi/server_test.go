@@ -19,6 +19,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/autonomyops/autonomy/internal/metric"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/httpapi"
@@ -49,6 +50,11 @@ type api struct {
 }
 
 func serve(t *testing.T, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveGated(t, call.GateOptions{}, change)
+}
+
+func serveGated(t *testing.T, gate call.GateOptions, change func(*httpapi.Options)) *api {
 	t.Helper()
 	a := &api{t: t}
 	dir := t.TempDir()
@@ -85,9 +91,17 @@ func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	registry := func() *tool.Registry { return tools }
 	quiet := slog.New(slog.DiscardHandler)
 	pipeline := call.New(call.Options{Log: a.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
-		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
+		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }, Gate: gate})
 	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, MaxBodyBytes: 4 << 10,
-		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready }, Metrics: pipeline.WriteMetrics}
+		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready },
+		Metrics: func(w io.Writer, open bool) string {
+			b := metric.NewBuffer(open)
+			pipeline.WriteMetrics(b)
+			if err := b.Expose(w, call.Metrics); err != nil {
+				t.Error(err)
+			}
+			return b.ContentType()
+		}}
 	if change != nil {
 		change(&o)
 	}
@@ -295,7 +309,7 @@ func TestPeer(t *testing.T) {
 // TestOverload: beyond the limit of calls in flight the node sheds, and a stop
 // ends what still runs.
 func TestOverload(t *testing.T) {
-	a := serve(t, func(o *httpapi.Options) { o.MaxInFlight = 2 })
+	a := serveGated(t, call.GateOptions{MaxRunning: 2, MaxWait: 50 * time.Millisecond}, nil)
 	slow := make(chan string, 2)
 	for range 2 {
 		go func() {
