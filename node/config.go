@@ -52,8 +52,14 @@ type Config struct {
 	MaxQueue      int           // calls that wait for a place
 	QueueWait     time.Duration // the longest they wait
 	MaxConns      int
-	MemoryLimit   conf.Size // of the process; 0: the cgroup's
-	PlainHTTP     bool      // allow http:// registries beyond loopback
+	MemoryLimit   conf.Size     // of the process; 0: the cgroup's
+	Admin         string        // Unix socket for the operator; empty: none
+	SlowCall      time.Duration // a call that takes as long is logged, and traced; 0: none
+	LogCalls      int           // one call in so many is logged; 0: none
+	PlainHTTP     bool          // allow http:// registries beyond loopback
+
+	file  string                 // the configuration file, for the watch; empty: none
+	again func() (Config, error) // reads the settings anew; nil: a reload takes the tools only
 }
 
 // Defaults are the values of a node that is told nothing.
@@ -113,6 +119,9 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.IntVar(&c.MaxQueue, "max-queue", c.MaxQueue, "calls that wait for a place, at most half of them of one caller; above: 429")
 	fs.DurationVar(&c.QueueWait, "queue-wait", c.QueueWait, "longest `TIME` a call waits for a place; then: 429")
 	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections; above: 503")
+	fs.StringVar(&c.Admin, "admin-socket", c.Admin, "serve administration (reload, export resume, profiles) on the Unix socket `PATH`, for root and this user only")
+	fs.DurationVar(&c.SlowCall, "slow-call", c.SlowCall, "log a call that takes `TIME` or longer, and write what the process did meanwhile to the state directory; 0: off")
+	fs.IntVar(&c.LogCalls, "log-calls", c.LogCalls, "log one call in `N`; 1: every one, 0: none")
 	fs.Var(&c.MemoryLimit, "memory-limit", "memory that this process stays below, and near which it refuses calls; 0: the limit of its cgroup, if that has one")
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
 }
@@ -180,6 +189,12 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxBodyMemory < c.MaxBody || c.MaxBodyMemory > 16<<30 {
 		fault("--max-body-memory is %s, want at least --max-body-bytes (%s) and at most 16GiB", c.MaxBodyMemory, c.MaxBody)
+	}
+	if c.SlowCall < 0 || c.SlowCall > time.Hour {
+		fault("--slow-call is %s, want 0 to 1h", c.SlowCall)
+	}
+	if c.LogCalls < 0 {
+		fault("--log-calls is %d, want 0 or more", c.LogCalls)
 	}
 	if c.MemoryLimit != 0 && c.MemoryLimit < 32<<20 {
 		fault("--memory-limit is %s, want 0 or at least 32MiB", c.MemoryLimit)

@@ -15,15 +15,13 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
+	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
@@ -50,6 +48,16 @@ func Daemon() run.Daemon {
 		EnvPrefix: EnvPrefix,
 		Bind:      c.Bind,
 		Validate:  c.Validate,
+		Loaded: func(file string, again func(func(*pflag.FlagSet)) error) {
+			c.file = file
+			c.again = func() (Config, error) {
+				next := Defaults()
+				if err := again(next.Bind); err != nil {
+					return next, err
+				}
+				return next, next.Validate()
+			}
+		},
 		Run: func(ctx context.Context, log *slog.Logger, stderr io.Writer) error {
 			err := Run(ctx, c, log, stderr)
 			if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -85,6 +93,13 @@ type node struct {
 	client   *release.Client
 	addrs    []string
 
+	tuning    atomic.Pointer[tuning]
+	observed  atomic.Uint64 // calls, for choosing those that are logged
+	flight    *flight       // nil: --slow-call is 0
+	admin     *admin        // nil: no --admin-socket
+	reloading sync.Mutex    // one reload at a time
+	files     looks         // how they looked when they were read at start
+
 	mu          sync.Mutex
 	oldTools    []*tool.Registry // replaced by a reload; closed when no call can use them any more
 	lastRejects time.Time
@@ -99,6 +114,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return fmt.Errorf("state directory: %w", err)
 	}
 	n.memory = limitMemory(int64(cfg.MemoryLimit), log)
+	n.tuning.Store(cfg.tuning())
 	if err := n.assure(ctx); err != nil {
 		return err // before anything is written: the directory may not be ours
 	}
@@ -117,6 +133,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
+	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
 	registry, err := n.loadTools()
 	if err != nil {
 		return run.Exit(run.Usage, err)
@@ -131,7 +148,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
 		Refuse: n.refused,
-		Gate:   call.GateOptions{MaxRunning: cfg.MaxInFlight, MaxWaiting: cfg.MaxQueue, MaxWait: cfg.QueueWait, Short: n.memory.short.Load},
+		Gate:   cfg.gate(n.memory.short.Load), Observe: n.observe,
 	})
 	if err := n.connect(); err != nil {
 		return err
@@ -144,15 +161,26 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
 		MaxBodyBytes: int(cfg.MaxBody), MaxBodyMemory: int64(cfg.MaxBodyMemory), MaxConns: cfg.MaxConns,
 	})
+	if cfg.SlowCall > 0 {
+		if n.flight, err = openFlight(filepath.Join(cfg.StateDir, "flight"), int64(cfg.KeepFree), n.log); err != nil {
+			return err
+		}
+	}
 	listeners, err := n.listen()
 	if err != nil {
+		return err
+	}
+	if n.admin, err = n.openAdmin(cfg.Admin); err != nil {
+		for _, ln := range listeners {
+			err = errors.Join(err, ln.Close())
+		}
 		return err
 	}
 	n.noteStart(unknown)
 
 	// Four groups, stopped one after the other.
 	servers, _ := errgroup.WithContext(context.Background())
-	failed := make(chan error, len(listeners)+1)
+	failed := make(chan error, len(listeners)+3)
 	for _, ln := range listeners {
 		servers.Go(func() error {
 			err := server.Serve(ln)
@@ -171,6 +199,17 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	if cfg.Heartbeat > 0 {
 		background.Go(func() { n.heartbeat(loops) })
+	}
+	if n.flight != nil {
+		background.Go(func() { n.flight.run(loops) })
+	}
+	var admins sync.WaitGroup
+	if n.admin != nil {
+		admins.Go(func() {
+			if err := n.admin.serve(); err != nil {
+				failed <- err
+			}
+		})
 	}
 	background.Go(func() { n.memory.watch(loops.Done()) })
 	background.Go(func() { n.watchPlatform(loops) })
@@ -213,6 +252,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.drain()
 	stopExport()
 	exports.Wait()
+	if n.admin != nil { // last: an operator may want to see what a stop waits for
+		err = errors.Join(err, n.admin.close())
+		admins.Wait()
+	}
 	return err
 }
 
@@ -571,37 +614,6 @@ func (n *node) drain() {
 		if s := n.exporter.Status(); s.Pending == 0 || s.State == export.Retrying || s.State == export.Exhausted {
 			return
 		}
-	}
-}
-
-// reloads loads the tools anew at SIGHUP; a file with faults changes nothing.
-// An export that is exhausted is resumed: the signal is an operator's act.
-func (n *node) reloads(ctx context.Context) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-hup:
-		}
-		run.Notify("RELOADING=1")
-		registry, err := n.loadTools()
-		if err != nil {
-			n.log.Error("reload refused: the tools in force stay", "err", err)
-		} else {
-			n.retire(n.tools.Swap(registry))
-			n.log.Info("tools reloaded", "tools", len(registry.List()))
-		}
-		if n.exporter != nil && n.exporter.Status().State == export.Exhausted {
-			if err := n.exporter.Resume(); err != nil {
-				n.log.Error("export not resumed", "err", err)
-			} else {
-				n.log.Info("export resumed")
-			}
-		}
-		run.Notify("READY=1")
 	}
 }
 

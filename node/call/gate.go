@@ -19,7 +19,7 @@ import (
 // While there are places, Enter and Leave are one atomic operation each. The
 // mutex is taken only when somebody waits: then the node is at its limit anyway.
 type Gate struct {
-	o       GateOptions
+	o       atomic.Pointer[GateOptions]
 	running atomic.Int64
 	waiting atomic.Int64 // in all queues; changed with mu held
 
@@ -75,6 +75,14 @@ type waiter struct {
 }
 
 func newGate(o GateOptions) *Gate {
+	g := &Gate{queues: map[principal]*queue{}}
+	g.Set(o)
+	return g
+}
+
+// Set puts other limits into force. Calls that run or wait already stay, also
+// when there are now more of them than the limits allow.
+func (g *Gate) Set(o GateOptions) {
 	if o.MaxRunning == 0 {
 		o.MaxRunning = DefaultMaxRunning
 	}
@@ -90,14 +98,17 @@ func newGate(o GateOptions) *Gate {
 	if o.Short == nil {
 		o.Short = func() bool { return false }
 	}
-	return &Gate{o: o, queues: map[principal]*queue{}}
+	g.o.Store(&o)
+	g.mu.Lock()
+	g.serve() // there may be more places now
+	g.mu.Unlock()
 }
 
 // Enter takes a place for a call of c; the caller gives it back with Leave. The
 // error is ErrQueueFull, ErrQueueSlow, ErrMemoryShort or that of ctx: then there
 // is no place and no Leave.
 func (g *Gate) Enter(ctx context.Context, c Caller) error {
-	if g.o.Short() {
+	if g.o.Load().Short() {
 		g.memory.Inc()
 		return ErrMemoryShort
 	}
@@ -125,7 +136,7 @@ func (g *Gate) Running() int { return int(g.running.Load()) }
 func (g *Gate) take() bool {
 	for {
 		n := g.running.Load()
-		if n >= int64(g.o.MaxRunning) {
+		if n >= int64(g.o.Load().MaxRunning) {
 			return false
 		}
 		if g.running.CompareAndSwap(n, n+1) {
@@ -150,9 +161,10 @@ func (g *Gate) serve() {
 }
 
 func (g *Gate) wait(ctx context.Context, who principal) error {
+	o := g.o.Load()
 	g.mu.Lock()
 	q := g.queues[who]
-	if int(g.waiting.Load()) >= g.o.MaxWaiting || q != nil && len(q.waiters) >= g.o.MaxWaitingEach {
+	if int(g.waiting.Load()) >= o.MaxWaiting || q != nil && len(q.waiters) >= o.MaxWaitingEach {
 		g.mu.Unlock()
 		g.full.Inc()
 		return ErrQueueFull
@@ -166,7 +178,7 @@ func (g *Gate) wait(ctx context.Context, who principal) error {
 	g.serve() // a place may have come free before anybody was seen waiting
 	g.mu.Unlock()
 
-	timer := time.NewTimer(g.o.MaxWait)
+	timer := time.NewTimer(o.MaxWait)
 	defer timer.Stop()
 	var err error
 	select {

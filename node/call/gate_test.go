@@ -90,7 +90,9 @@ func TestGateBounds(t *testing.T) {
 		}
 		g.Leave()
 		short := true
-		g.o.Short = func() bool { return short }
+		o := *g.o.Load()
+		o.Short = func() bool { return short }
+		g.Set(o)
 		if err := g.Enter(t.Context(), who("a")); !errors.Is(err, ErrMemoryShort) {
 			t.Errorf("short of memory: %v", err)
 		}
