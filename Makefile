@@ -69,6 +69,10 @@ fuzz: ## Run every fuzz target for FUZZTIME
 fault-wal: ## Cut the power under the log 500 times on ext4, xfs and btrfs (root; FAULT_STATES, FAULT_SEED)
 	@FAULT_STATES=$${FAULT_STATES:-500} CGO_ENABLED=0 go test -count=1 -v -timeout 30m ./faultinject/walfault
 
+.PHONY: soak-node
+soak-node: ## Three times the load a node can take, for ten minutes (SOAK=10m)
+	@CGO_ENABLED=0 go test -count=1 -v -timeout 60m -run TestOverloadGoodput ./node/httpapi -soak $${SOAK:-10m}
+
 .PHONY: bench
 bench: build ## Measure beside peers (about 30 min); writes bench/results/
 	@scripts/bench.sh full

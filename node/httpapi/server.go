@@ -234,11 +234,18 @@ func ownHost(host string, local net.Addr) bool {
 	return ip != nil && ip.Equal(addr.IP)
 }
 
+// Headers of every answer, in the form in which they are sent.
+var (
+	headerNoSniff, valueNoSniff = []byte("X-Content-Type-Options"), []byte("nosniff")
+	headerCache, valueNoStore   = []byte("Cache-Control"), []byte("no-store")
+	contentJSON                 = []byte("application/json")
+)
+
 // routes are method and path; nothing else is served.
 func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Response.Header
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Cache-Control", "no-store")
+	h.SetCanonical(headerNoSniff, valueNoSniff)
+	h.SetCanonical(headerCache, valueNoStore)
 	if why := foreign(ctx); why != "" {
 		s.deny(ctx, fasthttp.StatusForbidden, "forbidden_origin", why)
 		return
@@ -359,7 +366,7 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, a *call.Answer) {
 	buf := s.bufs.Get().(*[]byte)
 	*buf = a.AppendJSON((*buf)[:0])
 	ctx.SetStatusCode(a.Status)
-	ctx.SetContentType("application/json")
+	ctx.SetContentTypeBytes(contentJSON)
 	ctx.Response.SetBody(*buf) // copies
 	if cap(*buf) <= 64<<10 {
 		s.bufs.Put(buf)

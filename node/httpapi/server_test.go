@@ -62,7 +62,7 @@ func serveGated(t *testing.T, gate call.GateOptions, change func(*httpapi.Option
 	if err := os.Mkdir(policyDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	rego := "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\"}\n"
+	rego := "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\", \"tool.http_get\"}\n"
 	if err := os.WriteFile(filepath.Join(policyDir, "p.rego"), []byte(rego), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -78,12 +78,12 @@ func serveGated(t *testing.T, gate call.GateOptions, change func(*httpapi.Option
 	if err != nil {
 		t.Fatal(err)
 	}
-	tools, err := tool.Parse([]byte("tools:\n  tool.echo: {}\n  tool.exec.wait:\n    argv: [/bin/sleep, \"30\"]\n"), tool.Options{})
+	tools, err := tool.Parse([]byte("tools:\n  tool.echo: {}\n  tool.exec.wait:\n    argv: [/bin/sleep, \"30\"]\n  tool.http_get:\n    hosts: [127.0.0.1]\n    allow_private: [127.0.0.1/32]\n"), tool.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tools.Close() })
-	a.log, _, err = wal.Open(filepath.Join(dir, "wal"), wal.Options{SegmentBytes: 1 << 20, MaxBytes: 4 << 20})
+	a.log, _, err = wal.Open(filepath.Join(dir, "wal"), wal.Options{SegmentBytes: 1 << 20, MaxBytes: 8 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,6 +31,8 @@ type acceptor struct {
 	maxLength  int // characters
 	minItems   int
 	maxItems   int
+	minMembers int
+	maxMembers int
 	minimum    int64
 	maximum    int64
 	bounded    bool // minimum or maximum is set
@@ -51,7 +53,7 @@ var typeBits = map[string]uint8{"object": typeObject, "array": typeArray, "strin
 
 // anything accepts every value.
 func anything() *acceptor {
-	return &acceptor{maxLength: math.MaxInt, maxItems: math.MaxInt, minimum: math.MinInt64, maximum: math.MaxInt64}
+	return &acceptor{maxLength: math.MaxInt, maxItems: math.MaxInt, maxMembers: math.MaxInt, minimum: math.MinInt64, maximum: math.MaxInt64}
 }
 
 // errBeyond: the schema needs the library.
@@ -145,6 +147,10 @@ func (a *acceptor) keyword(key string, v any) error {
 		return count(v, &a.minLength)
 	case "maxLength":
 		return count(v, &a.maxLength)
+	case "minProperties":
+		return count(v, &a.minMembers)
+	case "maxProperties":
+		return count(v, &a.maxMembers)
 	case "minItems":
 		return count(v, &a.minItems)
 	case "maxItems":
@@ -217,8 +223,9 @@ func (a *acceptor) accept(value []byte) bool {
 func (a *acceptor) is(bit uint8) bool { return a.types == 0 || a.types&bit != 0 }
 
 func (a *acceptor) object(value []byte) bool {
-	found := 0
+	members, found := 0, 0
 	err := strictjson.Object(value, func(key, v []byte) error {
+		members++
 		sub, ok := a.properties[string(key)]
 		if !ok {
 			sub = a.others
@@ -233,7 +240,7 @@ func (a *acceptor) object(value []byte) bool {
 		}
 		return nil
 	})
-	return err == nil && found == len(a.required)
+	return err == nil && found == len(a.required) && members >= a.minMembers && members <= a.maxMembers
 }
 
 func (a *acceptor) array(value []byte) bool {
