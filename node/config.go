@@ -14,6 +14,7 @@ import (
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
+	"github.com/autonomyops/autonomy/node/trace"
 )
 
 // EnvPrefix is put before a setting's name in the environment.
@@ -56,6 +57,8 @@ type Config struct {
 	Admin         string        // Unix socket for the operator; empty: none
 	SlowCall      time.Duration // a call that takes as long is logged, and traced; 0: none
 	LogCalls      int           // one call in so many is logged; 0: none
+	Traces        string        // OTLP endpoint for spans, http(s)://…/v1/traces; empty: none
+	TraceRatio    float64       // of the calls without a traceparent
 	PlainHTTP     bool          // allow http:// registries beyond loopback
 
 	file  string                 // the configuration file, for the watch; empty: none
@@ -84,6 +87,7 @@ func Defaults() Config {
 		MaxQueue:      call.DefaultMaxWaiting,
 		QueueWait:     call.DefaultMaxWait,
 		MaxConns:      httpapi.DefaultMaxConns,
+		TraceRatio:    1,
 	}
 }
 
@@ -122,6 +126,8 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Admin, "admin-socket", c.Admin, "serve administration (reload, export resume, profiles) on the Unix socket `PATH`, for root and this user only")
 	fs.DurationVar(&c.SlowCall, "slow-call", c.SlowCall, "log a call that takes `TIME` or longer, and write what the process did meanwhile to the state directory; 0: off")
 	fs.IntVar(&c.LogCalls, "log-calls", c.LogCalls, "log one call in `N`; 1: every one, 0: none")
+	fs.StringVar(&c.Traces, "trace-endpoint", c.Traces, "send a span of each call to the OTLP endpoint `URL`: http://HOST:PORT/v1/traces, or https (default: none)")
+	fs.Float64Var(&c.TraceRatio, "trace-ratio", c.TraceRatio, "part of the calls without a traceparent that get a span, 0 to 1")
 	fs.Var(&c.MemoryLimit, "memory-limit", "memory that this process stays below, and near which it refuses calls; 0: the limit of its cgroup, if that has one")
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
 }
@@ -189,6 +195,14 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxBodyMemory < c.MaxBody || c.MaxBodyMemory > 16<<30 {
 		fault("--max-body-memory is %s, want at least --max-body-bytes (%s) and at most 16GiB", c.MaxBodyMemory, c.MaxBody)
+	}
+	if c.Traces != "" {
+		if err := trace.CheckEndpoint(c.Traces); err != nil {
+			fault("--trace-endpoint: %w", err)
+		}
+	}
+	if !(c.TraceRatio >= 0 && c.TraceRatio <= 1) {
+		fault("--trace-ratio is %g, want 0 to 1", c.TraceRatio)
 	}
 	if c.SlowCall < 0 || c.SlowCall > time.Hour {
 		fault("--slow-call is %s, want 0 to 1h", c.SlowCall)

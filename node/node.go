@@ -34,6 +34,7 @@ import (
 	"github.com/autonomyops/autonomy/node/httpapi"
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
+	"github.com/autonomyops/autonomy/node/trace"
 	"github.com/autonomyops/autonomy/prepared"
 	"github.com/autonomyops/autonomy/verify"
 	"github.com/autonomyops/autonomy/wal"
@@ -144,11 +145,26 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err
 	}
 	defer func() { err = errors.Join(err, n.wal.Close()) }()
+	var tracer call.Tracer // nil without an endpoint
+	if cfg.Traces != "" {
+		spans, err := trace.New(ctx, trace.Options{Endpoint: cfg.Traces, Ratio: cfg.TraceRatio, NodeID: n.id, Version: run.Version, Logger: n.log})
+		if err != nil {
+			return run.Exit(run.Usage, err)
+		}
+		defer func() {
+			last, cancel := context.WithTimeout(context.Background(), drainTime)
+			defer cancel()
+			if err := spans.Close(last); err != nil {
+				n.log.Warn("some spans were not sent", "err", err)
+			}
+		}()
+		tracer = spans
+	}
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
 		Refuse: n.refused,
-		Gate:   cfg.gate(n.memory.short.Load), Observe: n.observe,
+		Gate:   cfg.gate(n.memory.short.Load), Observe: n.observe, Tracer: tracer,
 	})
 	if err := n.connect(); err != nil {
 		return err

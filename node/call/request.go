@@ -208,7 +208,8 @@ func ParseTraceParent(h string) (traceID [16]byte, spanID [8]byte, ok bool) {
 	if len(h) < 55 || h[2] != '-' || h[35] != '-' || h[52] != '-' || h[:2] == "ff" || h[:2] == "00" && len(h) != 55 {
 		return traceID, spanID, false
 	}
-	if !unhex(traceID[:], h[3:35]) || !unhex(spanID[:], h[36:52]) {
+	var flags [1]byte
+	if !unhex(traceID[:], h[3:35]) || !unhex(spanID[:], h[36:52]) || !unhex(flags[:], h[53:55]) {
 		return [16]byte{}, [8]byte{}, false
 	}
 	return traceID, spanID, traceID != [16]byte{} && spanID != [8]byte{}
