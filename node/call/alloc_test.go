@@ -1,6 +1,11 @@
+//go:build !race
+
+// The race detector makes sync.Pool drop items at random.
+
 package call_test
 
 import (
+	"encoding/json"
 	"testing"
 
 	"github.com/autonomyops/autonomy/node/call"
@@ -44,4 +49,14 @@ func TestDenyAllocations(t *testing.T) {
 	if all-evaluator > denyAllocations {
 		t.Errorf("a denied call allocates %.0f times beside the evaluator's %.0f, at most %d", all-evaluator, evaluator, denyAllocations)
 	}
+}
+
+// inputOf is the policy input of the log's first decision.
+func inputOf(t *testing.T, r *rig) []byte {
+	t.Helper()
+	var body struct{ Input json.RawMessage }
+	if err := json.Unmarshal(r.records()[0].Body, &body); err != nil {
+		t.Fatal(err)
+	}
+	return body.Input
 }

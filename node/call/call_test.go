@@ -546,16 +546,6 @@ func TestRecoverAfterRepair(t *testing.T) {
 	}
 }
 
-// inputOf is the policy input of the log's first decision.
-func inputOf(t *testing.T, r *rig) []byte {
-	t.Helper()
-	var body struct{ Input json.RawMessage }
-	if err := json.Unmarshal(r.records()[0].Body, &body); err != nil {
-		t.Fatal(err)
-	}
-	return body.Input
-}
-
 // tracer gives every call the same span, and keeps what it was told at its end.
 type tracer struct{ ended []call.Report }
 

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/valyala/fasthttp"
@@ -71,6 +72,8 @@ type Server struct {
 	gate   *call.Gate
 	bodies bodies
 
+	serving atomic.Int32 // listeners
+
 	ctx    context.Context // ends the calls that outlast Shutdown
 	cancel context.CancelFunc
 	bufs   sync.Pool // *[]byte, answers
@@ -97,7 +100,7 @@ func New(o Options) *Server {
 		MaxRequestBodySize:           o.MaxBodyBytes,
 		StreamRequestBody:            true, // a body takes memory as it arrives, not as it announces itself: see read
 		ReadBufferSize:               o.MaxHeaderBytes,
-		Concurrency:                  o.MaxConns,
+		Concurrency:                  o.MaxConns + spareConns,
 		ReadTimeout:                  def(o.ReadTimeout, DefaultReadTimeout),
 		IdleTimeout:                  def(o.IdleTimeout, DefaultIdleTimeout),
 		WriteTimeout:                 def(o.WriteTimeout, DefaultWriteTimeout),
@@ -115,6 +118,10 @@ func def[T int | int64 | time.Duration](v, d T) T {
 	return v
 }
 
+// spareConns are connections over the limit that are still told why they are
+// refused; beyond them the server's own words have to do.
+const spareConns = 64
+
 // discard drops fasthttp's own log lines: they are about single connections,
 // and hold what a client sent.
 type discard struct{}
@@ -126,10 +133,18 @@ func (s *Server) Serve(ln net.Listener) error {
 	if _, ok := ln.(*net.UnixListener); ok {
 		ln = peerListener{ln}
 	}
-	if err := s.http.Serve(ln); err != nil {
+	s.serving.Add(1)
+	defer s.serving.Add(-1)
+	if err := s.http.Serve(steady{ln, s.o.Logger}); err != nil {
 		return fmt.Errorf("serve %s: %w", run.Addr(ln), err)
 	}
 	return nil
+}
+
+// connections is how many are open. The server counts one too many for each
+// listener but the first.
+func (s *Server) connections() int {
+	return int(s.http.GetOpenConnectionsCount()) - max(0, int(s.serving.Load())-1)
 }
 
 // Shutdown stops accepting and waits for running calls until ctx ends; what
@@ -246,6 +261,11 @@ func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Response.Header
 	h.SetCanonical(headerNoSniff, valueNoSniff)
 	h.SetCanonical(headerCache, valueNoStore)
+	if ctx.ConnRequestNum() == 1 && s.connections() > s.o.MaxConns {
+		ctx.SetConnectionClose()
+		s.deny(ctx, fasthttp.StatusServiceUnavailable, "too_many_connections", fmt.Sprintf("%d connections are open, which is this node's limit: use those you have, or try again", s.o.MaxConns))
+		return
+	}
 	if why := foreign(ctx); why != "" {
 		s.deny(ctx, fasthttp.StatusForbidden, "forbidden_origin", why)
 		return

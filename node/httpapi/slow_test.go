@@ -221,11 +221,12 @@ func TestConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
+	fmt.Fprintf(c, "GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n", a.addr)
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil || resp.StatusCode != 503 {
-		t.Fatalf("%v, %v", resp, err)
+	if err != nil || resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || !resp.Close {
+		t.Fatalf("%+v, %v", resp, err)
 	}
-	if _, err := io.ReadAll(resp.Body); err != nil {
-		t.Error(err)
+	if body, err := io.ReadAll(resp.Body); err != nil || !strings.Contains(string(body), "too_many_connections") {
+		t.Errorf("%s, %v", body, err)
 	}
 }
