@@ -23,43 +23,47 @@ const EnvPrefix = "AUTONOMY_NODE_"
 // Config is everything a node can be told. Each field is one flag, environment
 // variable and line of the configuration file; Defaults and Bind hold the list.
 type Config struct {
-	Listen        []string          // host:port or unix:PATH; only loopback addresses and sockets
-	StateDir      string            // wal/, policy/, release/, identity/
-	Policy        string            // bundle file used while no slot is active; needs no signature
-	Tools         string            // tools.yaml; empty: tool.echo only
-	Durability    string            // strict, batched
-	Sync          time.Duration     // batched: the longest a decision is only in memory
-	WALMax        conf.Size         // ceiling of the log
-	WALSegment    conf.Size         // one slot of the log
-	WALRing       string            // tmpfs directory for the log's ring; empty: mapped files
-	KeepFree      conf.Size         // bytes that the log never takes from the file system
-	OTLP          string            // grpc://HOST:PORT, http://…; empty: not exported
-	OTLPPack      string            // compression of exports: none, gzip, zstd; empty: by endpoint
-	OTLPOutage    time.Duration     // absence of the endpoint after which export waits for an operator
-	CP            string            // control plane; empty: no releases, no watermark
-	Relay         string            // content is pulled through it; empty: from the registry
-	Trust         string            // keyring file; required with CP
-	Channel       string            // release channel
-	Poll          time.Duration     // between polls of the control plane
-	Heartbeat     time.Duration     // between node.heartbeat records
-	MinLevel      string            // none, reduced, full
-	NodeID        string            // default: made once, kept in identity/
-	Labels        map[string]string // for policy and rollouts
-	ReadyFile     string
-	Shutdown      time.Duration // for running calls
-	MaxBody       conf.Size
+	Listen      []string          // host:port or unix:PATH; only loopback addresses and sockets
+	StateDir    string            // wal/, policy/, release/, identity/
+	Policy      string            // bundle file used while no slot is active; needs no signature
+	Tools       string            // tools.yaml; empty: tool.echo only
+	Durability  string            // strict, batched
+	Sync        time.Duration     // batched: the longest a decision is only in memory
+	WALMax      conf.Size         // ceiling of the log
+	WALSegment  conf.Size         // one slot of the log
+	WALRing     string            // tmpfs directory for the log's ring; empty: mapped files
+	KeepFree    conf.Size         // bytes that the log never takes from the file system
+	OTLP        string            // grpc://HOST:PORT, http://…; empty: not exported
+	OTLPPack    string            // compression of exports: none, gzip, zstd; empty: by endpoint
+	OTLPOutage  time.Duration     // absence of the endpoint after which export waits for an operator
+	CP          string            // control plane; empty: no releases, no watermark
+	Relay       string            // content is pulled through it; empty: from the registry
+	Trust       string            // keyring file; required with CP
+	Channel     string            // release channel
+	Poll        time.Duration     // between polls of the control plane
+	Heartbeat   time.Duration     // between node.heartbeat records
+	MinLevel    string            // none, reduced, full
+	NodeID      string            // default: made once, kept in identity/
+	Labels      map[string]string // for policy and rollouts
+	ReadyFile   string
+	Shutdown    time.Duration // for running calls
+	MaxBody     conf.Size
+	MaxInFlight int
+	MaxConns    int
+	PlainHTTP   bool // allow http:// registries beyond loopback
+
+	// Under load.
 	MaxBodyMemory conf.Size     // of all bodies being read
-	MaxInFlight   int           // calls at one time
-	MaxQueue      int           // calls that wait for a place
+	MaxQueue      int           // calls that wait for one of the MaxInFlight places
 	QueueWait     time.Duration // the longest they wait
-	MaxConns      int
 	MemoryLimit   conf.Size     // of the process; 0: the cgroup's
-	Admin         string        // Unix socket for the operator; empty: none
-	SlowCall      time.Duration // a call that takes as long is logged, and traced; 0: none
-	LogCalls      int           // one call in so many is logged; 0: none
-	Traces        string        // OTLP endpoint for spans, http(s)://…/v1/traces; empty: none
-	TraceRatio    float64       // of the calls without a traceparent
-	PlainHTTP     bool          // allow http:// registries beyond loopback
+
+	// For the operator.
+	Admin      string        // Unix socket; empty: none
+	SlowCall   time.Duration // a call that takes as long is logged, and traced; 0: none
+	LogCalls   int           // one call in so many is logged; 0: none
+	Traces     string        // OTLP endpoint for spans, http(s)://…/v1/traces; empty: none
+	TraceRatio float64       // of the calls without a traceparent
 
 	file  string                 // the configuration file, for the watch; empty: none
 	again func() (Config, error) // reads the settings anew; nil: a reload takes the tools only
@@ -68,25 +72,26 @@ type Config struct {
 // Defaults are the values of a node that is told nothing.
 func Defaults() Config {
 	return Config{
-		Listen:        []string{"127.0.0.1:7777"},
-		StateDir:      run.StateDir("node"),
-		Durability:    "strict",
-		Sync:          5 * time.Millisecond,
-		WALMax:        1 << 30,
-		WALSegment:    64 << 20,
-		KeepFree:      256 << 20,
-		Channel:       "stable",
-		Poll:          30 * time.Second,
-		Heartbeat:     30 * time.Second,
-		MinLevel:      "none",
-		OTLPOutage:    24 * time.Hour,
-		Shutdown:      10 * time.Second,
-		MaxBody:       httpapi.DefaultMaxBodyBytes,
+		Listen:      []string{"127.0.0.1:7777"},
+		StateDir:    run.StateDir("node"),
+		Durability:  "strict",
+		Sync:        5 * time.Millisecond,
+		WALMax:      1 << 30,
+		WALSegment:  64 << 20,
+		KeepFree:    256 << 20,
+		Channel:     "stable",
+		Poll:        30 * time.Second,
+		Heartbeat:   30 * time.Second,
+		MinLevel:    "none",
+		OTLPOutage:  24 * time.Hour,
+		Shutdown:    10 * time.Second,
+		MaxBody:     httpapi.DefaultMaxBodyBytes,
+		MaxInFlight: call.DefaultMaxRunning,
+		MaxConns:    httpapi.DefaultMaxConns,
+
 		MaxBodyMemory: httpapi.DefaultMaxBodyMemory,
-		MaxInFlight:   call.DefaultMaxRunning,
 		MaxQueue:      call.DefaultMaxWaiting,
 		QueueWait:     call.DefaultMaxWait,
-		MaxConns:      httpapi.DefaultMaxConns,
 		TraceRatio:    1,
 	}
 }
