@@ -4,16 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
-
 	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/internal/metric"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/wal"
 )
@@ -105,12 +103,12 @@ func (r *refusals) count(what string) uint64 {
 	return r.total[what]
 }
 
-func (n *node) writeCallerMetrics(w io.Writer) {
+func (n *node) writeCallerMetrics(b *metric.Buffer) {
 	for _, what := range []string{"certificate", "token"} {
-		metrics.WriteCounterUint64(w, fmt.Sprintf(`autonomy_node_credentials_refused_total{credential=%q}`, what), n.refusals.count(what))
+		b.Uint("autonomy_node_credentials_refused_total", fmt.Sprintf("credential=%q", what), n.refusals.count(what))
 	}
 	refused := n.limits.Refused()
 	for _, limit := range []string{auth.LimitBudget, auth.LimitConcurrent, auth.LimitRate} {
-		metrics.WriteCounterUint64(w, fmt.Sprintf(`autonomy_node_calls_limited_total{limit=%q}`, limit), refused[limit])
+		b.Uint("autonomy_node_calls_limited_total", fmt.Sprintf("limit=%q", limit), refused[limit])
 	}
 }

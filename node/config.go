@@ -12,8 +12,10 @@ import (
 
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/run"
+	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
+	"github.com/autonomyops/autonomy/node/trace"
 )
 
 // EnvPrefix is put before a setting's name in the environment.
@@ -62,6 +64,22 @@ type Config struct {
 	MaxConns    int
 	MaxCallIDs  int  // remembered for idempotent replay
 	PlainHTTP   bool // allow http:// registries beyond loopback
+
+	// Under load.
+	MaxBodyMemory conf.Size     // of all bodies being read
+	MaxQueue      int           // calls that wait for one of the MaxInFlight places
+	QueueWait     time.Duration // the longest they wait
+	MemoryLimit   conf.Size     // of the process; 0: the cgroup's
+
+	// For the operator.
+	Admin      string        // Unix socket; empty: none
+	SlowCall   time.Duration // a call that takes as long is logged, and traced; 0: none
+	LogCalls   int           // one call in so many is logged; 0: none
+	Traces     string        // OTLP endpoint for spans, http(s)://…/v1/traces; empty: none
+	TraceRatio float64       // of the calls without a traceparent
+
+	file  string                 // the configuration file, for the watch; empty: none
+	again func() (Config, error) // reads the settings anew; nil: a reload takes the tools only
 }
 
 // Defaults are the values of a node that is told nothing.
@@ -82,9 +100,14 @@ func Defaults() Config {
 		OTLPOutage:  24 * time.Hour,
 		Shutdown:    10 * time.Second,
 		MaxBody:     httpapi.DefaultMaxBodyBytes,
-		MaxInFlight: httpapi.DefaultMaxInFlight,
+		MaxInFlight: call.DefaultMaxRunning,
 		MaxConns:    httpapi.DefaultMaxConns,
 		MaxCallIDs:  1 << 16,
+
+		MaxBodyMemory: httpapi.DefaultMaxBodyMemory,
+		MaxQueue:      call.DefaultMaxWaiting,
+		QueueWait:     call.DefaultMaxWait,
+		TraceRatio:    1,
 	}
 }
 
@@ -126,9 +149,18 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.ReadyFile, "ready-file", c.ReadyFile, "write the addresses to `FILE` when ready")
 	fs.DurationVar(&c.Shutdown, "shutdown-timeout", c.Shutdown, "time for running calls at SIGTERM")
 	fs.Var(&c.MaxBody, "max-body-bytes", "largest request body")
-	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; above: 429")
-	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections")
+	fs.Var(&c.MaxBodyMemory, "max-body-memory", "memory of all request bodies being read or waiting; above: 429")
+	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; more wait")
+	fs.IntVar(&c.MaxQueue, "max-queue", c.MaxQueue, "calls that wait for a place, at most half of them of one caller; above: 429")
+	fs.DurationVar(&c.QueueWait, "queue-wait", c.QueueWait, "longest `TIME` a call waits for a place; then: 429")
+	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections; above: 503")
+	fs.StringVar(&c.Admin, "admin-socket", c.Admin, "serve administration (reload, export resume, profiles) on the Unix socket `PATH`, for root and this user only")
+	fs.DurationVar(&c.SlowCall, "slow-call", c.SlowCall, "log a call that takes `TIME` or longer, and write what the process did meanwhile to the state directory; 0: off")
+	fs.IntVar(&c.LogCalls, "log-calls", c.LogCalls, "log one call in `N`; 1: every one, 0: none")
+	fs.StringVar(&c.Traces, "trace-endpoint", c.Traces, "send a span of each call to the OTLP endpoint `URL`: http://HOST:PORT/v1/traces, or https (default: none)")
+	fs.Float64Var(&c.TraceRatio, "trace-ratio", c.TraceRatio, "part of the calls without a traceparent that get a span, 0 to 1")
 	fs.IntVar(&c.MaxCallIDs, "max-call-ids", c.MaxCallIDs, "call ids that are remembered; the oldest is forgotten, and may then run again")
+	fs.Var(&c.MemoryLimit, "memory-limit", "memory that this process stays below, and near which it refuses calls; 0: the limit of its cgroup, if that has one")
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
 }
 
@@ -228,6 +260,32 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxCallIDs < 1 || c.MaxCallIDs > 1<<22 {
 		fault("--max-call-ids is %d, want 1 to 4194304", c.MaxCallIDs)
+	}
+	if c.MaxBodyMemory < c.MaxBody || c.MaxBodyMemory > 16<<30 {
+		fault("--max-body-memory is %s, want at least --max-body-bytes (%s) and at most 16GiB", c.MaxBodyMemory, c.MaxBody)
+	}
+	if c.Traces != "" {
+		if err := trace.CheckEndpoint(c.Traces); err != nil {
+			fault("--trace-endpoint: %w", err)
+		}
+	}
+	if !(c.TraceRatio >= 0 && c.TraceRatio <= 1) {
+		fault("--trace-ratio is %g, want 0 to 1", c.TraceRatio)
+	}
+	if c.SlowCall < 0 || c.SlowCall > time.Hour {
+		fault("--slow-call is %s, want 0 to 1h", c.SlowCall)
+	}
+	if c.LogCalls < 0 {
+		fault("--log-calls is %d, want 0 or more", c.LogCalls)
+	}
+	if c.MemoryLimit != 0 && c.MemoryLimit < 32<<20 {
+		fault("--memory-limit is %s, want 0 or at least 32MiB", c.MemoryLimit)
+	}
+	if c.MaxQueue < 1 || c.MaxQueue > 1<<20 {
+		fault("--max-queue is %d, want 1 to 1048576", c.MaxQueue)
+	}
+	if c.QueueWait < time.Millisecond || c.QueueWait > time.Minute {
+		fault("--queue-wait is %s, want 1ms to 1m", c.QueueWait)
 	}
 	if c.MaxConns < 1 || c.MaxConns > 1<<20 {
 		fault("--max-connections is %d, want 1 to 1048576", c.MaxConns)

@@ -17,17 +17,14 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
-	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
+	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
@@ -41,6 +38,7 @@ import (
 	"github.com/autonomyops/autonomy/node/httpapi"
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
+	"github.com/autonomyops/autonomy/node/trace"
 	"github.com/autonomyops/autonomy/prepared"
 	"github.com/autonomyops/autonomy/verify"
 	"github.com/autonomyops/autonomy/wal"
@@ -55,6 +53,16 @@ func Daemon() run.Daemon {
 		EnvPrefix: EnvPrefix,
 		Bind:      c.Bind,
 		Validate:  c.Validate,
+		Loaded: func(file string, again func(func(*pflag.FlagSet)) error) {
+			c.file = file
+			c.again = func() (Config, error) {
+				next := Defaults()
+				if err := again(next.Bind); err != nil {
+					return next, err
+				}
+				return next, next.Validate()
+			}
+		},
 		Run: func(ctx context.Context, log *slog.Logger, stderr io.Writer) error {
 			err := Run(ctx, c, log, stderr)
 			if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -83,6 +91,7 @@ type node struct {
 	faults    []prepared.Fallback
 	local     *prepared.Active // from --policy
 	tools     atomic.Pointer[tool.Registry]
+	memory    *memory
 	auth      *auth.Authenticator
 	limits    *auth.Limits
 	refusals  refusals
@@ -92,6 +101,13 @@ type node struct {
 	client    *release.Client
 	clientTLS *tls.Config // for control plane and relay; nil: the system's roots
 	addrs     []string
+
+	tuning    atomic.Pointer[tuning]
+	observed  atomic.Uint64 // calls, for choosing those that are logged
+	flight    *flight       // nil: --slow-call is 0
+	admin     *admin        // nil: no --admin-socket
+	reloading sync.Mutex    // one reload at a time
+	files     looks         // how they looked when they were read at start
 
 	mu          sync.Mutex
 	oldTools    []*tool.Registry // replaced by a reload; closed when no call can use them any more
@@ -108,6 +124,8 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := vfs.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
+	n.memory = limitMemory(int64(cfg.MemoryLimit), log)
+	n.tuning.Store(cfg.tuning())
 	if err := n.assure(ctx); err != nil {
 		return err // before anything is written: the directory may not be ours
 	}
@@ -130,6 +148,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
+	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
 	registry, err := n.loadTools()
 	if err != nil {
 		return run.Exit(run.Usage, err)
@@ -143,10 +162,26 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err
 	}
 	defer func() { err = errors.Join(err, n.wal.Close()) }()
+	var tracer call.Tracer // nil without an endpoint
+	if cfg.Traces != "" {
+		spans, err := trace.New(ctx, trace.Options{Endpoint: cfg.Traces, Ratio: cfg.TraceRatio, NodeID: n.id, Version: run.Version, Logger: n.log})
+		if err != nil {
+			return run.Exit(run.Usage, err)
+		}
+		defer func() {
+			last, cancel := context.WithTimeout(context.Background(), drainTime)
+			defer cancel()
+			if err := spans.Close(last); err != nil {
+				n.log.Warn("some spans were not sent", "err", err)
+			}
+		}()
+		tracer = spans
+	}
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
 		Refuse: n.refused, Limits: n.limits, Secret: secret, CallsFile: filepath.Join(cfg.StateDir, "calls"), MaxCallIDs: cfg.MaxCallIDs,
+		Gate: cfg.gate(n.memory.short.Load), Observe: n.observe, Tracer: tracer,
 	})
 	if err := n.connect(); err != nil {
 		return err
@@ -158,17 +193,28 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	server := httpapi.New(httpapi.Options{
 		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
 		Auth: n.auth, AllowedHosts: cfg.Hosts, Refused: n.refusals.add,
-		MaxBodyBytes: int(cfg.MaxBody), MaxInFlight: cfg.MaxInFlight, MaxConns: cfg.MaxConns,
+		MaxBodyBytes: int(cfg.MaxBody), MaxBodyMemory: int64(cfg.MaxBodyMemory), MaxConns: cfg.MaxConns,
 	})
+	if cfg.SlowCall > 0 {
+		if n.flight, err = openFlight(filepath.Join(cfg.StateDir, "flight"), int64(cfg.KeepFree), n.log); err != nil {
+			return err
+		}
+	}
 	listeners, err := n.listen()
 	if err != nil {
+		return err
+	}
+	if n.admin, err = n.openAdmin(cfg.Admin); err != nil {
+		for _, ln := range listeners {
+			err = errors.Join(err, ln.Close())
+		}
 		return err
 	}
 	n.noteStart(unknown)
 
 	// Four groups, stopped one after the other.
 	servers, _ := errgroup.WithContext(context.Background())
-	failed := make(chan error, len(listeners)+1)
+	failed := make(chan error, len(listeners)+3)
 	for _, ln := range listeners {
 		servers.Go(func() error {
 			err := server.Serve(ln)
@@ -188,6 +234,18 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if cfg.Heartbeat > 0 {
 		background.Go(func() { n.heartbeat(loops) })
 	}
+	if n.flight != nil {
+		background.Go(func() { n.flight.run(loops) })
+	}
+	var admins sync.WaitGroup
+	if n.admin != nil {
+		admins.Go(func() {
+			if err := n.admin.serve(); err != nil {
+				failed <- err
+			}
+		})
+	}
+	background.Go(func() { n.memory.watch(loops.Done()) })
 	background.Go(func() { n.watchPlatform(loops) })
 	background.Go(func() { n.reloads(loops) })
 	background.Go(func() { n.watchCallers(loops) })
@@ -232,6 +290,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.drain()
 	stopExport()
 	exports.Wait()
+	if n.admin != nil { // last: an operator may want to see what a stop waits for
+		err = errors.Join(err, n.admin.close())
+		admins.Wait()
+	}
 	return err
 }
 
@@ -609,38 +671,6 @@ func (n *node) drain() {
 	}
 }
 
-// reloads loads the tools anew at SIGHUP; a file with faults changes nothing.
-// An export that is exhausted is resumed: the signal is an operator's act.
-func (n *node) reloads(ctx context.Context) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-hup:
-		}
-		run.Notify("RELOADING=1")
-		registry, err := n.loadTools()
-		if err != nil {
-			n.log.Error("reload refused: the tools in force stay", "err", err)
-		} else {
-			n.retire(n.tools.Swap(registry))
-			n.log.Info("tools reloaded", "tools", len(registry.List()))
-		}
-		n.reloadCallers(true)
-		if n.exporter != nil && n.exporter.Status().State == export.Exhausted {
-			if err := n.exporter.Resume(); err != nil {
-				n.log.Error("export not resumed", "err", err)
-			} else {
-				n.log.Info("export resumed")
-			}
-		}
-		run.Notify("READY=1")
-	}
-}
-
 // notReady lists what keeps the node from serving calls.
 func (n *node) notReady() []string {
 	var out []string
@@ -660,28 +690,6 @@ func (n *node) notReady() []string {
 		out = append(out, "callers: "+why)
 	}
 	return out
-}
-
-func (n *node) writeMetrics(w io.Writer) {
-	n.pipeline.WriteMetrics(w)
-	if n.exporter != nil {
-		n.exporter.WriteMetrics(w)
-	}
-	st := n.wal.Stats()
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_durable_seq", st.DurableSeq)
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_used_bytes", uint64(st.UsedBytes))
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_max_bytes", uint64(st.MaxBytes))
-	metrics.WriteCounterUint64(w, "autonomy_node_wal_syncs_total", st.Syncs)
-	metrics.WriteCounterUint64(w, "autonomy_node_wal_synced_records_total", st.SyncedRecords)
-	metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_assurance_level{level=%q}`, n.report.Load().Level), 1)
-	policy := uint64(0)
-	if n.Current() != nil {
-		policy = 1
-	}
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_active", policy)
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_slot_faults", uint64(len(n.faults)))
-	n.writeCallerMetrics(w)
-	metrics.WriteProcessMetrics(w)
 }
 
 // Status is the body of GET /v1/status.

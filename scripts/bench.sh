@@ -7,11 +7,11 @@ cd "$(dirname "$0")/.."
 
 case ${1:-} in
 quick)
-	tool=(-reps 5 -duration 800ms -warmup 200ms)
+	tool=(-reps 3 -duration 450ms -warmup 100ms)
 	wal=(-quick -reps 5 -duration 200ms -warmup 60ms)
 	;;
 full)
-	tool=(-reps 9 -duration 5s -warmup 1s)
+	tool=(-reps 7 -duration 2s -warmup 300ms)
 	wal=(-reps 5 -duration 1s -warmup 200ms)
 	;;
 *) die "want quick or full" ;;

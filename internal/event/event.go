@@ -18,7 +18,6 @@ package event
 
 import (
 	"encoding/json"
-	"fmt"
 	"time"
 )
 
@@ -78,7 +77,24 @@ const (
 // ID is the event_id of a record: a node's log is made once, its sequence
 // numbers are never used twice, so the pair names a record for ever, also when
 // a node is set up anew under its old name.
-func ID(logID string, seq uint64) string { return fmt.Sprintf("%s-%016x", logID, seq) }
+func ID(logID string, seq uint64) string {
+	var b [64]byte
+	return string(AppendID(b[:0], logID, seq))
+}
+
+// IDLen is the length of an ID.
+func IDLen(logID string) int { return len(logID) + 1 + 16 }
+
+// AppendID appends ID(logID, seq).
+func AppendID(b []byte, logID string, seq uint64) []byte {
+	const hexDigits = "0123456789abcdef"
+	b = append(b, logID...)
+	b = append(b, '-')
+	for shift := 60; shift >= 0; shift -= 4 {
+		b = append(b, hexDigits[seq>>shift&15])
+	}
+	return b
+}
 
 // Event is the native JSON shape (contract.md, POST /v1/events).
 type Event struct {

@@ -8,6 +8,12 @@
 // (INV-14; with Batched, before it is in the log's memory), and whatever goes
 // wrong on the way, a panic included, ends in deny (INV-15).
 //
+// The path of a denied call allocates little (TestDenyAllocations says how
+// much) and takes no lock that all calls share outside the log's reservation:
+// the request is decoded once, its params are views of the body, the policy
+// input is built in room that comes with the Request, the record is encoded into
+// the log's own memory, and the counters are atomic.
+//
 // One call leaves one or two records with one audit_id. The audit_id is the
 // event id of the decision record, so it names a place in the log: no index is
 // kept for it.
@@ -27,7 +33,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/auth"
@@ -89,6 +95,13 @@ type Options struct {
 	CallsFile string
 	// Limits hold each caller to its own. nil: there are none.
 	Limits *auth.Limits
+	// Gate bounds how many calls run and wait.
+	Gate GateOptions
+	// Tracer makes a span of each call. nil: none.
+	Tracer Tracer
+	// Observe is told of each call when it has its answer, on the call's own
+	// goroutine: it must be quick. nil: nobody.
+	Observe func(*Report)
 	// Refuse, when it returns a reason, denies every call: the platform does
 	// not give what the operator demanded. May be nil.
 	Refuse func() string
@@ -99,25 +112,11 @@ type Options struct {
 // Pipeline decides, records and executes.
 type Pipeline struct {
 	o       Options
-	metrics Metrics
+	metrics counters
+	gate    *Gate
 	calls   replays
-	scratch sync.Pool // *scratch
-}
-
-// scratch is what one call writes into before the log has it.
-type scratch struct {
-	input []byte
-	body  []byte
-}
-
-// keptScratch is the largest buffer that goes back to the pool, in bytes: one
-// huge call must not stay in memory for ever.
-const keptScratch = 1 << 20
-
-func (p *Pipeline) release(s *scratch) {
-	if cap(s.input)+cap(s.body) <= keptScratch {
-		p.scratch.Put(s)
-	}
+	labels  []byte // of the node, as JSON
+	audit   patience
 }
 
 // New makes a Pipeline. Recover must be called before the first Do.
@@ -144,11 +143,14 @@ func New(o Options) *Pipeline {
 		o.Secret = make([]byte, 32)
 		_, _ = rand.Read(o.Secret) // never fails
 	}
-	p := &Pipeline{o: o, calls: newReplays(o.MaxCallIDs, o.Secret)}
+	p := &Pipeline{o: o, calls: newReplays(o.MaxCallIDs, o.Secret), gate: newGate(o.Gate), labels: appendLabels(nil, o.Labels)}
+	p.audit.limit = o.AuditTimeout
 	p.metrics.init()
-	p.scratch.New = func() any { return &scratch{} }
 	return p
 }
+
+// Gate is where a door takes a place for a call before it decodes it.
+func (p *Pipeline) Gate() *Gate { return p.gate }
 
 // Mode selects how far a call goes.
 type Mode int
@@ -161,17 +163,30 @@ const (
 )
 
 // Do takes one call through the pipeline. It always answers; ctx ends the tool
-// and the wait for the disk, never a record that was begun.
+// and the wait for the disk, never a record that was begun. The Answer may hold
+// views of r's room: it is good until r is freed.
 func (p *Pipeline) Do(ctx context.Context, r *Request, mode Mode) (a Answer) {
-	start := time.Now()
-	p.metrics.InFlight.Add(1)
+	r.report = Report{Request: r, Start: time.Now()}
+	p.metrics.inFlight.Add(1)
+	var span Span
+	if p.o.Tracer != nil {
+		span, r.TraceParent = p.o.Tracer.Start(r, r.report.Start)
+	}
 	defer func() {
 		if v := recover(); v != nil {
 			p.o.Logger.Error("call panicked: denied", "kind", r.Kind, "panic", v, "stack", string(debug.Stack()))
 			a = deny(http.StatusServiceUnavailable, LayerRuntime, "internal", "the node failed inside; its log has the cause")
 		}
-		p.metrics.InFlight.Add(-1)
-		p.metrics.observe(&a, time.Since(start))
+		p.metrics.inFlight.Add(-1)
+		now := time.Now()
+		r.report.Answer, r.report.Total = a, now.Sub(r.report.Start)
+		p.metrics.observe(&r.report, now)
+		if span != nil {
+			span.End(&r.report)
+		}
+		if p.o.Observe != nil {
+			p.o.Observe(&r.report)
+		}
 	}()
 	if r.DryRun {
 		mode = Evaluate
@@ -220,35 +235,33 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 			"no policy is active: publish a release, or start a node that never had one with --policy BUNDLE. GET /v1/status says why")
 	}
 	bundle := active.Program.Bundle()
-	s := p.scratch.Get().(*scratch)
-	defer p.release(s)
 	agent := p.o.Agent()
 	now := p.o.Now()
-	s.input = p.appendInput(s.input[:0], r, agent, now)
+	r.input = p.appendInput(r.input[:0], r, agent, now)
 
 	// Evaluate.
+	d := &r.decision
 	began := time.Now()
-	d, err := active.Program.Eval(ctx, s.input)
-	evalTime := time.Since(began)
-	p.metrics.Eval.Update(evalTime.Seconds())
-	evalErr := err
+	evalErr := evaluate(ctx, active.Program, d, r.input)
+	r.report.Eval = time.Since(began)
 	switch {
 	case evalErr != nil:
-		d = prepared.Decision{Reasons: []event.Reason{evalReason(evalErr)}}
+		*d = prepared.Decision{Reasons: []event.Reason{evalReason(evalErr)}}
 	case d.Allow && len(d.Approval) > 0:
-		d = prepared.Decision{Reasons: []event.Reason{{Code: "approval_unavailable",
+		*d = prepared.Decision{Reasons: []event.Reason{{Code: "approval_unavailable",
 			Message: "policy asks for a human's approval, and this node has no way to ask: denied"}}}
 	case d.Allow && mode == Execute:
 		if c := t.Unenforceable(d.Constraints); c != "" {
-			d = prepared.Decision{Reasons: []event.Reason{{Code: "constraint_unenforceable",
+			*d = prepared.Decision{Reasons: []event.Reason{{Code: "constraint_unenforceable",
 				Message: fmt.Sprintf("policy limits this call by %s, which this node cannot enforce: denied", c)}}}
 		}
 	case !d.Allow && len(d.Reasons) == 0:
-		d.Reasons = []event.Reason{{Code: "denied", Message: "policy does not allow this call and gives no reason"}}
+		d.Reasons = append(d.Reasons[:0], event.Reason{Code: "denied", Message: "policy does not allow this call and gives no reason"})
 	}
 
 	// Record the decision, durably.
-	a := Answer{PolicyRef: bundle.Ref(), DryRun: r.DryRun}
+	ref := bundle.Ref()
+	a := Answer{PolicyRef: ref, DryRun: r.DryRun}
 	rec := otlp.Record{
 		TimeUnixNano: uint64(now.UnixNano()), Severity: otlp.Info, EventType: event.Decision,
 		LogID: p.o.Log.ID(), Class: wal.ClassDecision.String(), Decision: "allow", Kind: r.Kind,
@@ -258,9 +271,9 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	if !d.Allow {
 		rec.Decision, rec.Severity = "deny", otlp.Warn
 	}
-	s.body = p.appendDecisionBody(s.body[:0], r, s.input, &d, bundle, evalTime, mode)
-	rec.Body = s.body
-	seq, auditID, err := p.record(wal.ClassDecision, &rec, "")
+	shown, hit := redact(r.input, d.Redact)
+	r.body = p.appendDecisionBody(r.body[:0], r, d, ref, bundle.Digest, mode, hit)
+	seq, auditID, err := p.record(wal.ClassDecision, &rec, "", r.body, shown, bodyEnd)
 	if err != nil {
 		return auditFailed(err)
 	}
@@ -270,11 +283,9 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 		p.evaluatorFailed(auditID, bundle, evalErr)
 	}
 	if !p.o.Batched {
-		waitStart := time.Now()
-		wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.o.AuditTimeout)
-		err := p.o.Log.WaitDurable(wctx, seq)
-		cancel()
-		p.metrics.Durable.Update(time.Since(waitStart).Seconds())
+		began = time.Now()
+		err := p.o.Log.WaitDurable(p.audit.context(began), seq)
+		r.report.Durable = time.Since(began)
 		if err != nil {
 			if d.Allow && mode == Execute {
 				// The log says allow; say also that nothing ran.
@@ -309,17 +320,22 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	began = time.Now()
 	res := tools.Execute(ctx, t, &tool.Request{AuditID: auditID, Kind: r.Kind, Params: r.Params,
 		Timeout: time.Duration(r.TimeoutMS) * time.Millisecond, Constraints: d.Constraints, Traceparent: r.TraceParent})
-	took := time.Since(began)
-	p.metrics.Tool.Update(took.Seconds())
-	actionSeq, err := p.recordAction(&rec, &res, LayerRuntime, took, len(d.Redact) > 0)
+	r.report.Tool = time.Since(began)
+	actionSeq, err := p.recordAction(&rec, &res, LayerRuntime, r.report.Tool, len(d.Redact) > 0)
 	e.acted(actionSeq)
 	if err != nil {
 		// The effect has happened and its record could not be written: the
 		// decision record stands, and the caller must learn what happened.
 		p.o.Logger.Error("action record failed", "audit_id", auditID, "err", err)
-		p.metrics.LostActions.Inc()
+		p.metrics.lostActions.Inc()
 	}
 	return finish(a, &res)
+}
+
+// evaluate asks the policy. Nothing else in the node does.
+func evaluate(ctx context.Context, p *prepared.Program, dst *prepared.Decision, input []byte) (err error) {
+	*dst, err = p.Eval(ctx, input)
+	return err
 }
 
 // finish turns a tool's result into the answer of an allowed call.
@@ -401,29 +417,35 @@ func (p *Pipeline) appendInput(b []byte, r *Request, agent Agent, now time.Time)
 	b = strictjson.AppendString(b, agent.Fingerprint)
 	b = append(b, `},"node":{"id":`...)
 	b = strictjson.AppendString(b, p.o.NodeID)
-	b = append(b, `,"labels":{`...)
-	first := true
-	for _, k := range sortedKeys(p.o.Labels) {
-		if !first {
-			b = append(b, ',')
-		}
-		first = false
-		b = strictjson.AppendString(b, k)
-		b = append(b, ':')
-		b = strictjson.AppendString(b, p.o.Labels[k])
-	}
-	b = append(b, `},"assurance":`...)
+	b = append(b, `,"labels":`...)
+	b = append(b, p.labels...)
+	b = append(b, `,"assurance":`...)
 	b = strictjson.AppendString(b, p.o.Assurance())
 	b = append(b, `},"time_ns":`...)
 	b = strconv.AppendInt(b, now.UnixNano(), 10)
 	return append(b, '}')
 }
 
-func (p *Pipeline) appendDecisionBody(b []byte, r *Request, input []byte, d *prepared.Decision, bundle *prepared.Bundle, evalTime time.Duration, mode Mode) []byte {
+func appendLabels(b []byte, labels map[string]string) []byte {
+	b = append(b, '{')
+	for i, k := range sortedKeys(labels) {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strictjson.AppendString(b, k)
+		b = append(b, ':')
+		b = strictjson.AppendString(b, labels[k])
+	}
+	return append(b, '}')
+}
+
+// appendDecisionBody builds the body up to the input, which follows it in the
+// log, and then bodyEnd.
+func (p *Pipeline) appendDecisionBody(b []byte, r *Request, d *prepared.Decision, ref, digest string, mode Mode, hit []string) []byte {
 	b = append(b, `{"policy_ref":`...)
-	b = strictjson.AppendString(b, bundle.Ref())
-	b = appendField(b, "policy_digest", bundle.Digest)
-	b = appendInt(b, "eval_ns", evalTime.Nanoseconds())
+	b = strictjson.AppendString(b, ref)
+	b = appendField(b, "policy_digest", digest)
+	b = appendInt(b, "eval_ns", r.report.Eval.Nanoseconds())
 	if !d.Allow {
 		b = appendField(b, "layer", LayerPolicy)
 	}
@@ -438,40 +460,76 @@ func (p *Pipeline) appendDecisionBody(b []byte, r *Request, input []byte, d *pre
 		b = appendField(b, "call_id", r.CallID)
 		b = appendField(b, "params_digest", p.calls.paramsDigest(r))
 	}
-	shown, hit := redact(input, d.Redact)
 	if len(hit) > 0 {
 		b = append(b, `,"redacted":`...)
 		b = appendStrings(b, hit)
 	}
-	b = append(b, `,"input":`...)
-	b = append(b, shown...)
-	return append(b, '}')
+	return append(b, `,"input":`...)
 }
 
-// record writes rec and returns its sequence and the audit id, which for a
-// decision (auditID empty) is derived from the sequence.
-func (p *Pipeline) record(c wal.Class, rec *otlp.Record, auditID string) (uint64, string, error) {
+var bodyEnd = []byte("}")
+
+// idRoom stands for an audit id whose text is not known yet, of any length.
+const idRoom = "0000000000000000000000000000000000000000000000000000000000000000"
+
+// record writes rec with the body that the parts make together, and returns its
+// sequence and the audit id, which for a decision (auditID empty) is derived
+// from the sequence. Between Reserve and Commit the whole log waits: there is
+// nothing but copying in between.
+func (p *Pipeline) record(c wal.Class, rec *otlp.Record, auditID string, parts ...[]byte) (uint64, string, error) {
 	rec.AuditID = auditID
 	if auditID == "" {
-		rec.AuditID = event.ID(rec.LogID, 0) // of the final length
+		rec.AuditID = idRoom[:event.IDLen(rec.LogID)]
 	}
-	res, err := p.o.Log.Reserve(c, rec.Size())
+	size := 0
+	for _, part := range parts {
+		size += len(part)
+	}
+	res, err := p.o.Log.Reserve(c, rec.SizeWith(size))
 	if err != nil {
 		return 0, "", err
 	}
 	done := false
 	defer func() {
-		if !done { // Put panicked: leave no hole behind
+		if !done { // writing panicked: leave no hole behind
 			res.Abort()
 		}
 	}()
 	if auditID == "" {
 		rec.AuditID = event.ID(rec.LogID, res.Seq)
 	}
-	rec.Put(res.Buf, res.Seq)
+	body := rec.PutAround(res.Buf, res.Seq, size)
+	for _, part := range parts {
+		body = body[copy(body, part):]
+	}
 	res.Commit()
 	done = true
 	return res.Seq, rec.AuditID, nil
+}
+
+// patience hands out the context that bounds waiting for the disk. One is shared
+// by the calls of a while: it ends between one and one and a quarter times the
+// limit after it was asked for. A context and a timer for each call would be a
+// third of what a denied call allocates.
+type patience struct {
+	limit   time.Duration
+	current atomic.Pointer[shared]
+}
+
+type shared struct {
+	ctx   context.Context
+	until time.Time // good to be handed out
+}
+
+func (p *patience) context(now time.Time) context.Context {
+	if s := p.current.Load(); s != nil && now.Before(s.until) {
+		return s.ctx
+	}
+	quarter := p.limit / 4
+	ctx, cancel := context.WithTimeout(context.Background(), p.limit+quarter)
+	context.AfterFunc(ctx, cancel) // nobody ends it early
+	p.current.Store(&shared{ctx, now.Add(quarter)})
+	return ctx
 }
 
 // recordAction writes the action that belongs to the decision dec. It does not
@@ -485,9 +543,7 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 	if res.Outcome != tool.OutcomeOK {
 		rec.Severity = otlp.Warn
 	}
-	s := p.scratch.Get().(*scratch)
-	defer p.release(s)
-	b := append(s.body[:0], `{"duration_ns":`...)
+	b := append(make([]byte, 0, 256), `{"duration_ns":`...)
 	b = strconv.AppendInt(b, took.Nanoseconds(), 10)
 	if res.Outcome == tool.OutcomeDenied {
 		rec.Decision = "deny"
@@ -498,6 +554,7 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 		b = appendField(b, "error_code", res.Code)
 		b = appendField(b, "error", res.Message)
 	}
+	var output []byte
 	switch {
 	case len(res.Output) == 0:
 	case secret || len(res.Output) > p.o.MaxRecordOutput:
@@ -505,11 +562,9 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 		b = appendInt(b, "output_bytes", int64(len(res.Output)))
 	default:
 		b = append(b, `,"output":`...)
-		b = append(b, res.Output...)
+		output = res.Output
 	}
-	s.body = append(b, '}')
-	rec.Body = s.body
-	seq, _, err := p.record(wal.ClassAction, &rec, dec.AuditID)
+	seq, _, err := p.record(wal.ClassAction, &rec, dec.AuditID, b, output, bodyEnd)
 	return seq, err
 }
 

@@ -192,7 +192,7 @@ func (p *Pipeline) Idle() (seq uint64, idle bool) {
 	// The order matters: a call that wrote a record up to seq had been counted
 	// before it did, and is over when none is counted now.
 	seq = p.o.Log.Stats().NextSeq - 1
-	return seq, p.metrics.InFlight.Load() == 0
+	return seq, p.metrics.inFlight.Load() == 0
 }
 
 func (p *Pipeline) readCalls() (calls []finished, seq uint64, err error) {

@@ -57,8 +57,7 @@ func (s *Server) fault(ctx *fasthttp.RequestCtx, f *queryFault, v any) {
 // The body is good until the handler returns.
 func (s *Server) take(ctx *fasthttp.RequestCtx, contentType int) (body []byte, leave func(), fault *queryFault) {
 	h := &ctx.Request.Header
-	media, _, _ := strings.Cut(string(h.ContentType()), ";")
-	if !strings.EqualFold(strings.TrimSpace(media), "application/json") {
+	if !isJSON(h.ContentType()) {
 		return nil, nil, &queryFault{status: contentType, code: "unsupported_media_type", msg: "send Content-Type: application/json"}
 	}
 	if len(h.ContentEncoding()) > 0 {

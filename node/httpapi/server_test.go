@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/autonomyops/autonomy/internal/auth"
+	"github.com/autonomyops/autonomy/internal/metric"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/httpapi"
@@ -49,14 +50,24 @@ type api struct {
 	ready  []string
 }
 
-const echoPolicy = "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\"}\n"
+const echoPolicy = "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\", \"tool.http_get\"}\n"
 
 func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	t.Helper()
-	return serveWith(t, echoPolicy, change)
+	return serveAs(t, echoPolicy, call.GateOptions{}, change)
 }
 
 func serveWith(t *testing.T, rego string, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveAs(t, rego, call.GateOptions{}, change)
+}
+
+func serveGated(t *testing.T, gate call.GateOptions, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveAs(t, echoPolicy, gate, change)
+}
+
+func serveAs(t *testing.T, rego string, gate call.GateOptions, change func(*httpapi.Options)) *api {
 	t.Helper()
 	a := &api{t: t}
 	dir := t.TempDir()
@@ -79,12 +90,12 @@ func serveWith(t *testing.T, rego string, change func(*httpapi.Options)) *api {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tools, err := tool.Parse([]byte("tools:\n  tool.echo: {}\n  tool.exec.wait:\n    argv: [/bin/sleep, \"30\"]\n"), tool.Options{})
+	tools, err := tool.Parse([]byte("tools:\n  tool.echo: {}\n  tool.exec.wait:\n    argv: [/bin/sleep, \"30\"]\n  tool.http_get:\n    hosts: [127.0.0.1]\n    allow_private: [127.0.0.1/32]\n"), tool.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tools.Close() })
-	a.log, _, err = wal.Open(filepath.Join(dir, "wal"), wal.Options{SegmentBytes: 1 << 20, MaxBytes: 4 << 20})
+	a.log, _, err = wal.Open(filepath.Join(dir, "wal"), wal.Options{SegmentBytes: 1 << 20, MaxBytes: 8 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,9 +107,17 @@ func serveWith(t *testing.T, rego string, change func(*httpapi.Options)) *api {
 		t.Fatal(err)
 	}
 	pipeline := call.New(call.Options{Log: a.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
-		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
+		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }, Gate: gate})
 	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, Auth: anyone, MaxBodyBytes: 4 << 10,
-		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready }, Metrics: pipeline.WriteMetrics}
+		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready },
+		Metrics: func(w io.Writer, open bool) string {
+			b := metric.NewBuffer(open)
+			pipeline.WriteMetrics(b)
+			if err := b.Expose(w, call.Metrics); err != nil {
+				t.Error(err)
+			}
+			return b.ContentType()
+		}}
 	if change != nil {
 		change(&o)
 	}
@@ -308,7 +327,7 @@ func TestPeer(t *testing.T) {
 // TestOverload: beyond the limit of calls in flight the node sheds, and a stop
 // ends what still runs.
 func TestOverload(t *testing.T) {
-	a := serve(t, func(o *httpapi.Options) { o.MaxInFlight = 2 })
+	a := serveGated(t, call.GateOptions{MaxRunning: 2, MaxWait: 50 * time.Millisecond}, nil)
 	slow := make(chan string, 2)
 	for range 2 {
 		go func() {
