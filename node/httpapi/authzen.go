@@ -121,18 +121,21 @@ func (s *Server) authzen(ctx *fasthttp.RequestCtx, handle func(body []byte) (any
 	if id := ctx.Request.Header.Peek(requestID); len(id) > 0 && len(id) <= maxRequestID {
 		ctx.Response.Header.SetBytesV(requestID, id)
 	}
-	body, leave, fault := s.take(ctx, fasthttp.StatusBadRequest) // AuthZEN has no 415
-	if fault == nil {
-		defer leave()
-		var out any
-		if err := strictjson.CheckObject(body); err != nil {
-			fault = badEvaluation(err)
-		} else if out, fault = handle(body); fault == nil {
-			s.json(ctx, fasthttp.StatusOK, out)
-			return
-		}
+	body, leave, ok := s.take(ctx, fasthttp.StatusBadRequest) // AuthZEN has no 415
+	if !ok {
+		return
 	}
-	s.fault(ctx, fault, fault.msg)
+	defer leave()
+	if err := strictjson.CheckObject(body); err != nil {
+		s.refuse(ctx, badEvaluation(err))
+		return
+	}
+	out, fault := handle(body)
+	if fault != nil {
+		s.refuse(ctx, fault)
+		return
+	}
+	s.json(ctx, fasthttp.StatusOK, out)
 }
 
 func badEvaluation(err error) *queryFault {
