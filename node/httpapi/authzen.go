@@ -70,7 +70,7 @@ type decisionError struct {
 
 // evaluation serves POST /access/v1/evaluation.
 func (s *Server) evaluation(ctx *fasthttp.RequestCtx, caller call.Caller) {
-	s.authzen(ctx, func(body []byte) (any, *queryFault) {
+	s.authzen(ctx, caller, func(body []byte) (any, *queryFault) {
 		top, err := members(body, "subject", "action", "resource", "context")
 		if err != nil {
 			return nil, badEvaluation(err)
@@ -83,7 +83,7 @@ func traceOf(ctx *fasthttp.RequestCtx) string { return string(ctx.Request.Header
 
 // evaluations serves POST /access/v1/evaluations.
 func (s *Server) evaluations(ctx *fasthttp.RequestCtx, caller call.Caller) {
-	s.authzen(ctx, func(body []byte) (any, *queryFault) {
+	s.authzen(ctx, caller, func(body []byte) (any, *queryFault) {
 		top, err := members(body, "subject", "action", "resource", "context", "evaluations", "options")
 		if err != nil {
 			return nil, badEvaluation(err)
@@ -116,23 +116,26 @@ func (s *Server) evaluations(ctx *fasthttp.RequestCtx, caller call.Caller) {
 
 // authzen is what both have in common: the request id comes back, the body is
 // strict JSON, and an error is a message with a status.
-func (s *Server) authzen(ctx *fasthttp.RequestCtx, handle func(body []byte) (any, *queryFault)) {
+func (s *Server) authzen(ctx *fasthttp.RequestCtx, caller call.Caller, handle func(body []byte) (any, *queryFault)) {
 	const requestID, maxRequestID = "X-Request-ID", 256
 	if id := ctx.Request.Header.Peek(requestID); len(id) > 0 && len(id) <= maxRequestID {
 		ctx.Response.Header.SetBytesV(requestID, id)
 	}
-	body, leave, fault := s.take(ctx, fasthttp.StatusBadRequest) // AuthZEN has no 415
-	if fault == nil {
-		defer leave()
-		var out any
-		if err := strictjson.CheckObject(body); err != nil {
-			fault = badEvaluation(err)
-		} else if out, fault = handle(body); fault == nil {
-			s.json(ctx, fasthttp.StatusOK, out)
-			return
-		}
+	body, leave, ok := s.take(ctx, caller, fasthttp.StatusBadRequest) // AuthZEN has no 415
+	if !ok {
+		return
 	}
-	s.fault(ctx, fault, fault.msg)
+	defer leave()
+	if err := strictjson.CheckObject(body); err != nil {
+		s.refuse(ctx, badEvaluation(err))
+		return
+	}
+	out, fault := handle(body)
+	if fault != nil {
+		s.refuse(ctx, fault)
+		return
+	}
+	s.json(ctx, fasthttp.StatusOK, out)
 }
 
 func badEvaluation(err error) *queryFault {

@@ -46,9 +46,8 @@ type verdictDoc struct {
 // rules are decision, allow, reasons, constraints and redact, and what lies in
 // them: decision/allow.
 func (s *Server) data(ctx *fasthttp.RequestCtx, caller call.Caller) {
-	body, leave, fault := s.take(ctx, fasthttp.StatusUnsupportedMediaType)
-	if fault != nil {
-		s.dataFault(ctx, fault)
+	body, leave, ok := s.take(ctx, caller, fasthttp.StatusUnsupportedMediaType)
+	if !ok {
 		return
 	}
 	defer leave()
@@ -59,20 +58,20 @@ func (s *Server) data(ctx *fasthttp.RequestCtx, caller call.Caller) {
 		err = call.Decode(in.Input, &req)
 	}
 	if err != nil {
-		s.dataFault(ctx, &queryFault{status: fasthttp.StatusBadRequest, code: "invalid_parameter", msg: "input: " + err.Error()})
+		s.refuse(ctx, &queryFault{status: fasthttp.StatusBadRequest, code: "invalid_parameter", msg: "input: " + err.Error()})
 		return
 	}
 	req.Caller = caller
 	a, fault := s.query(&req)
 	if fault != nil {
-		s.dataFault(ctx, fault)
+		s.refuse(ctx, fault)
 		return
 	}
 	out := dataResponse{DecisionID: a.AuditID}
 	rule := strings.TrimPrefix(string(ctx.Path()), dataPrefix)
 	if out.Result, err = lookUp(a, rule); err != nil {
 		s.o.Logger.Error("encode a decision", "audit_id", a.AuditID, "err", err)
-		s.dataFault(ctx, &queryFault{status: fasthttp.StatusInternalServerError, code: "internal_error", msg: "the node failed inside; its log has the cause"})
+		s.refuse(ctx, &queryFault{status: fasthttp.StatusInternalServerError, code: "internal_error", msg: "the node failed inside; its log has the cause"})
 		return
 	}
 	if out.Result == nil {
@@ -114,9 +113,4 @@ func lookUp(a *call.Answer, rule string) (json.RawMessage, error) {
 		whole = part
 	}
 	return whole, nil
-}
-
-// dataFault answers in OPA's error shape.
-func (s *Server) dataFault(ctx *fasthttp.RequestCtx, f *queryFault) {
-	s.fault(ctx, f, dataMessage{f.code, f.msg})
 }

@@ -1,7 +1,6 @@
 package httpapi
 
 import (
-	"fmt"
 	"strings"
 	"time"
 
@@ -44,31 +43,48 @@ type queryFault struct {
 	retry  time.Duration // when it is worth asking again; 0: in a second
 }
 
-// fault answers with f in the shape v of its API.
-func (s *Server) fault(ctx *fasthttp.RequestCtx, f *queryFault, v any) {
+// refuse answers a query that has no decision, in the words of its API: never in
+// those of /v1/tool, whose "decision" is a text that a careless client of
+// AuthZEN would take for true. It reports whether path is a query's.
+func (s *Server) refuse(ctx *fasthttp.RequestCtx, f *queryFault) bool {
+	var body any
+	switch path := string(ctx.Path()); {
+	case path == evaluationPath, path == evaluationsPath:
+		body = f.msg
+	case strings.HasPrefix(path, dataPrefix):
+		body = dataMessage{f.code, f.msg}
+	default:
+		return false
+	}
 	if f.status == fasthttp.StatusServiceUnavailable || f.status == fasthttp.StatusTooManyRequests {
 		ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, retryAfter(f.retry))
 	}
-	s.json(ctx, f.status, v)
+	s.json(ctx, f.status, body)
+	return true
 }
 
 // take reads the body of a query and takes a place for it among the running
-// calls; leave gives the place back. Exactly one of fault and leave is not nil.
-// The body is good until the handler returns.
-func (s *Server) take(ctx *fasthttp.RequestCtx, contentType int) (body []byte, leave func(), fault *queryFault) {
+// calls; leave gives both back. When ok is false it has answered. The body is
+// good until leave.
+func (s *Server) take(ctx *fasthttp.RequestCtx, caller call.Caller, contentType int) (data []byte, leave func(), ok bool) {
 	h := &ctx.Request.Header
 	if !isJSON(h.ContentType()) {
-		return nil, nil, &queryFault{status: contentType, code: "unsupported_media_type", msg: "send Content-Type: application/json"}
+		s.deny(ctx, contentType, "unsupported_media_type", "send Content-Type: application/json")
+		return nil, nil, false
 	}
 	if len(h.ContentEncoding()) > 0 {
-		return nil, nil, &queryFault{status: fasthttp.StatusUnsupportedMediaType, code: "unsupported_encoding", msg: "send the body without Content-Encoding"}
+		s.deny(ctx, fasthttp.StatusUnsupportedMediaType, "unsupported_encoding", "send the body without Content-Encoding")
+		return nil, nil, false
 	}
-	select {
-	case s.slots <- struct{}{}:
-		return ctx.Request.Body(), func() { <-s.slots }, nil
-	default:
-		return nil, nil, &queryFault{status: fasthttp.StatusTooManyRequests, code: "overloaded", msg: fmt.Sprintf("%d calls are running, which is this node's limit: try again", s.o.MaxInFlight)}
+	b, ok := s.read(ctx)
+	if !ok {
+		return nil, nil, false
 	}
+	if !s.enter(ctx, caller) {
+		s.bodies.put(b)
+		return nil, nil, false
+	}
+	return b.b, func() { s.gate.Leave(); s.bodies.put(b) }, true
 }
 
 // query decides and records. A fault means that there is no decision: whoever

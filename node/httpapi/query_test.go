@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 )
@@ -138,6 +139,19 @@ func TestQueriesFailClosed(t *testing.T) {
 	status, out = a.ask("/access/v1/evaluations", `{"evaluations":[`+evaluation+`,`+evaluation+`]}`)
 	if status != 200 || strings.Count(out, `"decision":false`) != 2 || strings.Count(out, `"status":503`) != 2 {
 		t.Errorf("%d %s", status, out)
+	}
+	// What never became a query is refused in the words of its API, too.
+	b, _ := withAuth(t, auth.Options{}, nil)
+	for path, want := range map[string]string{"/access/v1/evaluation": `"no credential`, "/access/v1/evaluations": `"no credential`, "/v1/data/autonomy/allow": `{"code":"unauthenticated","message":"no credential`} {
+		if status, out := b.ask(path, evaluation); status != 401 || !strings.HasPrefix(out, want) {
+			t.Errorf("%s: %d %s", path, status, out)
+		}
+		if resp, out := b.request("POST", path, jsonType+"Origin: https://evil.test\r\n", evaluation); resp.StatusCode != 403 || strings.Contains(out, "decision\"") {
+			t.Errorf("%s: %d %s", path, resp.StatusCode, out)
+		}
+		if resp, out := b.request("POST", path, jsonType, strings.Repeat("x", 5000)); resp.StatusCode != 413 && resp.StatusCode != 401 || strings.Contains(out, "result") {
+			t.Errorf("%s: %d %s", path, resp.StatusCode, out)
+		}
 	}
 	none := serveWith(t, "package autonomy\nimport rego.v2\nallow if input.x.y == 1\n", nil) // undefined for all
 	if status, out := none.ask("/access/v1/evaluation", evaluation); status != 200 || !strings.HasPrefix(out, `{"decision":false`) {

@@ -376,6 +376,9 @@ func (s *Server) json(ctx *fasthttp.RequestCtx, status int, v any) {
 
 // deny answers a request that never became a call.
 func (s *Server) deny(ctx *fasthttp.RequestCtx, status int, code, reason string) {
+	if s.refuse(ctx, &queryFault{status: status, code: code, msg: reason}) {
+		return
+	}
 	a := call.Answer{Status: status, Decision: "deny", Layer: call.LayerRequest, Code: code, Reason: reason}
 	s.answer(ctx, &a)
 }
