@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -67,26 +68,38 @@ func (s *Server) refused(err error) {
 // repair is refused here: both lengths, folded lines, header lines that end in
 // LF alone. (The request line may: the HTTP library does not show its end.)
 func framing(h *fasthttp.RequestHeader) string {
-	raw := h.RawHeaders()
-	for rest := raw; ; {
+	var encoding, length bool
+	authorizations := 0
+	for rest := h.RawHeaders(); ; {
 		i := bytes.IndexByte(rest, '\n')
 		if i < 0 {
 			break
 		}
-		if i == 0 || rest[i-1] != '\r' {
+		line := rest[:i]
+		if i == 0 || line[i-1] != '\r' {
 			return "a header line does not end in CR LF"
 		}
-		if rest = rest[i+1:]; len(rest) > 0 && (rest[0] == ' ' || rest[0] == '\t') {
+		switch line[0] | 0x20 {
+		case ' ', '\t' | 0x20:
 			return "a header line is folded"
+		case 't':
+			encoding = encoding || named(line, "transfer-encoding:")
+		case 'c':
+			length = length || named(line, "content-length:")
+		case 'a':
+			if named(line, "authorization:") {
+				authorizations++
+			}
 		}
+		rest = rest[i+1:]
 	}
-	if hasHeader(raw, "transfer-encoding:") {
-		if hasHeader(raw, "content-length:") {
-			return "the request has both Content-Length and Transfer-Encoding"
-		}
-		if h.ContentLength() != -1 {
-			return "the only Transfer-Encoding served is chunked"
-		}
+	switch {
+	case encoding && length:
+		return "the request has both Content-Length and Transfer-Encoding"
+	case encoding && h.ContentLength() != -1:
+		return "the only Transfer-Encoding served is chunked"
+	case authorizations > 1:
+		return "the request has more than one Authorization header"
 	}
 	if p := h.Protocol(); string(p) != "HTTP/1.1" && string(p) != "HTTP/1.0" {
 		return "the version of HTTP is neither 1.1 nor 1.0"
@@ -94,41 +107,37 @@ func framing(h *fasthttp.RequestHeader) string {
 	if target := h.RequestURI(); len(target) == 0 || target[0] != '/' {
 		return "the request target is no path" // an absolute one would name a host beside Host
 	}
-	if n := count(raw, "authorization:"); n > 1 {
-		return "the request has more than one Authorization header"
-	}
 	return ""
 }
 
-func hasHeader(raw []byte, name string) bool { return count(raw, name) > 0 }
-
-// count is how many lines of raw begin with name, which is in lower case.
-func count(raw []byte, name string) (n int) {
-	for len(raw) > 0 {
-		if len(raw) >= len(name) && bytes.EqualFold(raw[:len(name)], []byte(name)) {
-			n++
-		}
-		i := bytes.IndexByte(raw, '\n')
-		if i < 0 {
-			break
-		}
-		raw = raw[i+1:]
+// named reports whether a header line begins with name, which is in lower case
+// and ends in ':'.
+func named(line []byte, name string) bool {
+	if len(line) < len(name) {
+		return false
 	}
-	return n
+	for i := range len(name) {
+		c := line[i]
+		if c >= 'A' && c <= 'Z' {
+			c |= 0x20
+		}
+		if c != name[i] {
+			return false
+		}
+	}
+	return true
 }
 
 // authenticate establishes who calls. A credential that does not hold is an
 // error, never passed over for anonymous.
 func (s *Server) authenticate(ctx *fasthttp.RequestCtx) (call.Caller, error) {
 	var token []byte
-	if h := ctx.Request.Header.Peek(fasthttp.HeaderAuthorization); len(h) > 0 {
+	if h := ctx.Request.Header.Peek(fasthttp.HeaderAuthorization); h != nil { // empty: a credential was meant
 		const scheme = "bearer "
 		if len(h) < len(scheme) || !bytes.EqualFold(h[:len(scheme)], []byte(scheme)) {
 			return call.Caller{}, auth.ErrToken
 		}
 		token = bytes.TrimLeft(h[len(scheme):], " ")
-	} else if hasHeader(ctx.Request.Header.RawHeaders(), "authorization:") {
-		return call.Caller{}, auth.ErrToken // empty: a credential was meant
 	}
 	return s.o.Auth.Caller(ctx.Conn(), token)
 }
@@ -172,12 +181,16 @@ func (s *Server) ownHost(host string, local net.Addr, tls bool) bool {
 		return true
 	}
 	addr, ok := local.(*net.TCPAddr)
-	if !ok || port != strconv.Itoa(addr.Port) {
+	if !ok {
+		return false
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || int(n) != addr.Port || port[0] == '0' {
 		return false
 	}
 	if strings.EqualFold(name, "localhost") {
 		return addr.IP.IsLoopback()
 	}
-	ip := net.ParseIP(name)
-	return ip != nil && ip.Equal(addr.IP)
+	ip, err := netip.ParseAddr(name)
+	own, ok := netip.AddrFromSlice(addr.IP)
+	return err == nil && ok && ip.Zone() == "" && ip.Unmap() == own.Unmap()
 }
