@@ -39,6 +39,7 @@ type serverTLS struct {
 // peerRules say which client certificates are good.
 type peerRules struct {
 	err  error           // not nil: none is
+	cas  map[string]bool // caKey of those in the CA file
 	crls map[string]*crl // by caKey of the issuer; nil: revocation is not asked for
 	dead map[string]bool // caKey of CAs that are revoked themselves
 }
@@ -60,15 +61,24 @@ func openTLS(files TLSFiles, now func() time.Time) (*serverTLS, error) {
 // reload reads the files. pairErr: the former certificate stays. peerErr: no
 // client certificate is good until the files are.
 func (t *serverTLS) reload() (pairErr, peerErr error) {
-	rules := &peerRules{}
+	rules := &peerRules{cas: map[string]bool{}}
+	if t.files.ClientCA != "" {
+		cas, err := readCAs(t.files.ClientCA)
+		for _, ca := range cas {
+			rules.cas[caKey(ca)] = true
+		}
+		rules.err = err
+	}
 	if t.files.CRL != "" {
 		var old map[string]*crl
 		if was := t.peers.Load(); was != nil {
 			old = was.crls
 		}
-		if rules.crls, rules.dead, rules.err = readCRLs(t.files.CRL, t.files.ClientCA, old); rules.err != nil {
+		var err error
+		if rules.crls, rules.dead, err = readCRLs(t.files.CRL, t.files.ClientCA, old); err != nil {
 			rules.crls = old // so that an older list does not come back in the next attempt
 		}
+		rules.err = errors.Join(rules.err, err)
 	}
 	if rules.err == nil && t.files.CRL != "" {
 		rules.err = rules.expired(t.now())
@@ -138,6 +148,9 @@ func (t *serverTLS) peer(cs *tls.ConnectionState, now time.Time) (string, error)
 
 // chain asks the list of each issuer about what it signed.
 func (r *peerRules) chain(chain []*x509.Certificate, now time.Time) error {
+	if !r.cas[caKey(chain[len(chain)-1])] { // it was when the connection was made
+		return errors.New("its CA is not among those of --tls-client-ca any more")
+	}
 	if r.crls == nil {
 		return nil
 	}

@@ -376,7 +376,8 @@ func TestReloadServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := l.dial(good); err != nil {
+	_, ask, err := l.dial(good)
+	if err != nil {
 		t.Fatal(err)
 	}
 	other := newPKI(t, "servers", nil)
@@ -400,6 +401,9 @@ func TestReloadServer(t *testing.T) {
 	l.a.Reload(false)
 	if _, _, err := l.dial(good); err == nil {
 		t.Error("another client CA lets in who the former one did")
+	}
+	if _, err := ask(); !errors.Is(err, ErrCertificate) {
+		t.Errorf("a connection from under the former client CA: %v", err)
 	}
 	if _, _, err := l.dial(other.issue("agent", nil)); err != nil {
 		t.Error(err)

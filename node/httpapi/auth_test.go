@@ -131,6 +131,13 @@ func TestTokens(t *testing.T) {
 			t.Errorf("%s with a token that does not hold: %d", path, resp.StatusCode)
 		}
 	}
+	a.ready = []string{"policy: none is active"}
+	if resp, body := a.request("GET", "/readyz", "", ""); resp.StatusCode != 503 || strings.Contains(body, "policy") {
+		t.Errorf("readyz for nobody: %d %s", resp.StatusCode, body)
+	}
+	if resp, body := a.request("GET", "/readyz", "Authorization: Bearer "+tokens[1]+"\r\n", ""); resp.StatusCode != 503 || !strings.Contains(body, "policy") {
+		t.Errorf("readyz: %d %s", resp.StatusCode, body)
+	}
 	// A revoked token is refused on the connection that it has open.
 	c, err := net.Dial("tcp", a.addr)
 	if err != nil {

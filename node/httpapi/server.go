@@ -349,8 +349,11 @@ type health struct {
 	NotReady []string `json:"not_ready,omitempty"`
 }
 
-func (s *Server) ready(ctx *fasthttp.RequestCtx, _ call.Caller) {
+func (s *Server) ready(ctx *fasthttp.RequestCtx, caller call.Caller) {
 	if missing := s.o.Ready(); len(missing) > 0 {
+		if caller.Type == "" {
+			missing = nil // what is wrong inside is not for everybody
+		}
 		s.json(ctx, fasthttp.StatusServiceUnavailable, health{"not ready", missing})
 		return
 	}
