@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/internal/testutil"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/wal"
 )
@@ -109,6 +111,17 @@ func slowWeb(t *testing.T) (url string, hits *atomic.Int64, release func()) {
 	return web.URL, hits, release
 }
 
+// begun waits until the tool has asked the server.
+func begun(t *testing.T, hits *atomic.Int64) {
+	t.Helper()
+	testutil.Eventually(t, 20*time.Second, "the tool runs", func() error {
+		if hits.Load() == 0 {
+			return errors.New("the server was not asked yet")
+		}
+		return nil
+	})
+}
+
 // TestFirstStillRunning: who comes while the first call runs waits within
 // bounds, and is told; it never runs a second time, also when more call ids are
 // in use than are remembered.
@@ -118,9 +131,7 @@ func TestFirstStillRunning(t *testing.T) {
 	body := fmt.Sprintf(`{"kind":"tool.http_get","params":{"endpoint":%q},"call_id":"slow"}`, url)
 	first := make(chan call.Answer, 1)
 	go func() { first <- r.do(body) }()
-	for hits.Load() == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	begun(t, hits)
 	for i := range 4 {
 		if a := r.do(fmt.Sprintf(`{"kind":"tool.echo","call_id":"other-%d"}`, i)); a.Status != 200 {
 			t.Fatalf("%+v", a)
@@ -293,9 +304,7 @@ func TestIdle(t *testing.T) {
 	go func() {
 		done <- r.do(fmt.Sprintf(`{"kind":"tool.http_get","params":{"endpoint":%q},"call_id":"slow"}`, url))
 	}()
-	for hits.Load() == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	begun(t, hits)
 	if _, idle := r.p.Idle(); idle {
 		t.Error("idle while a call runs")
 	}
