@@ -6,15 +6,18 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/pflag"
 
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/run"
+	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
 	"github.com/autonomyops/autonomy/prepared"
+	"github.com/autonomyops/autonomy/node/trace"
 )
 
 // EnvPrefix is put before a setting's name in the environment.
@@ -23,7 +26,15 @@ const EnvPrefix = "AUTONOMY_NODE_"
 // Config is everything a node can be told. Each field is one flag, environment
 // variable and line of the configuration file; Defaults and Bind hold the list.
 type Config struct {
-	Listen      []string          // host:port or unix:PATH; only loopback addresses and sockets
+	Listen      []string          // host:port or unix:PATH
+	TLSCert     string            // of TCP listeners; with TLSKey
+	TLSKey      string            //
+	TLSClientCA string            // callers show a certificate of these CAs
+	TLSCRL      string            // revocation lists of these CAs
+	Tokens      string            // token file
+	Callers     string            // callers file: names and limits
+	Anonymous   string            // loopback, none: who needs no credential
+	Hosts       []string          // names in the Host header beside the listener's address
 	StateDir    string            // wal/, policy/, release/, identity/
 	Policy      string            // bundle file used while no slot is active; needs no signature
 	PolicyGood  time.Duration     // in force for so long, a policy is known good
@@ -41,6 +52,9 @@ type Config struct {
 	OTLPOutage  time.Duration     // absence of the endpoint after which export waits for an operator
 	CP          string            // control plane; empty: no releases, no watermark
 	Relay       string            // content is pulled through it; empty: from the registry
+	ClientCert  string            // shown to control plane and relay; with ClientKey
+	ClientKey   string            //
+	ServerCA    string            // CAs of control plane and relay; empty: the system's
 	Trust       string            // keyring file; required with CP
 	Channel     string            // release channel
 	Poll        time.Duration     // between polls of the control plane
@@ -53,13 +67,31 @@ type Config struct {
 	MaxBody     conf.Size
 	MaxInFlight int
 	MaxConns    int
+	MaxCallIDs  int  // remembered for idempotent replay
 	PlainHTTP   bool // allow http:// registries beyond loopback
+
+	// Under load.
+	MaxBodyMemory conf.Size     // of all bodies being read
+	MaxQueue      int           // calls that wait for one of the MaxInFlight places
+	QueueWait     time.Duration // the longest they wait
+	MemoryLimit   conf.Size     // of the process; 0: the cgroup's
+
+	// For the operator.
+	Admin      string        // Unix socket; empty: none
+	SlowCall   time.Duration // a call that takes as long is logged, and traced; 0: none
+	LogCalls   int           // one call in so many is logged; 0: none
+	Traces     string        // OTLP endpoint for spans, http(s)://…/v1/traces; empty: none
+	TraceRatio float64       // of the calls without a traceparent
+
+	file  string                 // the configuration file, for the watch; empty: none
+	again func() (Config, error) // reads the settings anew; nil: a reload takes the tools only
 }
 
 // Defaults are the values of a node that is told nothing.
 func Defaults() Config {
 	return Config{
 		Listen:      []string{"127.0.0.1:7777"},
+		Anonymous:   "loopback",
 		StateDir:    run.StateDir("node"),
 		Durability:  "strict",
 		Sync:        5 * time.Millisecond,
@@ -75,14 +107,28 @@ func Defaults() Config {
 		OTLPOutage:  24 * time.Hour,
 		Shutdown:    10 * time.Second,
 		MaxBody:     httpapi.DefaultMaxBodyBytes,
-		MaxInFlight: httpapi.DefaultMaxInFlight,
+		MaxInFlight: call.DefaultMaxRunning,
 		MaxConns:    httpapi.DefaultMaxConns,
+		MaxCallIDs:  1 << 16,
+
+		MaxBodyMemory: httpapi.DefaultMaxBodyMemory,
+		MaxQueue:      call.DefaultMaxWaiting,
+		QueueWait:     call.DefaultMaxWait,
+		TraceRatio:    1,
 	}
 }
 
 // Bind defines the flags of c on fs; c holds the defaults.
 func (c *Config) Bind(fs *pflag.FlagSet) {
-	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve the API on `ADDR`: host:port on loopback, or unix:PATH; repeatable")
+	fs.StringArrayVar(&c.Listen, "listen", c.Listen, "serve the API on `ADDR`: host:port or unix:PATH; repeatable; beyond loopback only with TLS and tokens or client certificates")
+	fs.StringVar(&c.TLSCert, "tls-cert", c.TLSCert, "serve TLS on TCP with the certificate chain in PEM `FILE`")
+	fs.StringVar(&c.TLSKey, "tls-key", c.TLSKey, "private key of --tls-cert, PEM `FILE`")
+	fs.StringVar(&c.TLSClientCA, "tls-client-ca", c.TLSClientCA, "take client certificates of the CAs in PEM `FILE`; without --tokens, demand one")
+	fs.StringVar(&c.TLSCRL, "tls-crl", c.TLSCRL, "refuse client certificates that the revocation lists in `FILE` name; read again when it changes")
+	fs.StringVar(&c.Tokens, "tokens", c.Tokens, "take the bearer tokens of `FILE`, as 'autonomy token create' makes it; read again when it changes")
+	fs.StringVar(&c.Callers, "callers", c.Callers, "name callers and limit them by `FILE`; read again when it changes")
+	fs.StringVar(&c.Anonymous, "anonymous", c.Anonymous, "`WHO` needs no credential: loopback (connections from this machine), none")
+	fs.StringArrayVar(&c.Hosts, "allowed-host", c.Hosts, "accept `NAME` in the Host header beside the listener's address; repeatable")
 	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "keep log, policy slots and identity in `DIR`")
 	fs.StringVar(&c.Policy, "policy", c.Policy, "use policy `BUNDLE` while no release is active")
 	fs.DurationVar(&c.PolicyGood, "policy-health-window", c.PolicyGood, "a policy in force for `TIME` is known good: a later one that fails falls back to it")
@@ -100,6 +146,9 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.DurationVar(&c.OTLPOutage, "otlp-max-outage", c.OTLPOutage, "after `TIME` of failed exports wait for an operator; records stay in the log")
 	fs.StringVar(&c.CP, "cp-url", c.CP, "poll releases from the control plane at `URL`")
 	fs.StringVar(&c.Relay, "relay-url", c.Relay, "pull release content through the relay at `URL`")
+	fs.StringVar(&c.ClientCert, "client-cert", c.ClientCert, "show the certificate in PEM `FILE` to control plane and relay; read again for each connection")
+	fs.StringVar(&c.ClientKey, "client-key", c.ClientKey, "private key of --client-cert, PEM `FILE`")
+	fs.StringVar(&c.ServerCA, "server-ca", c.ServerCA, "take certificates of control plane and relay from the CAs in PEM `FILE` (default: the system's)")
 	fs.StringVar(&c.Trust, "trust", c.Trust, "trust the keys in `KEYRING`")
 	fs.StringVar(&c.Channel, "channel", c.Channel, "follow release channel `NAME`")
 	fs.DurationVar(&c.Poll, "poll-interval", c.Poll, "time between polls of the control plane")
@@ -110,9 +159,32 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.ReadyFile, "ready-file", c.ReadyFile, "write the addresses to `FILE` when ready")
 	fs.DurationVar(&c.Shutdown, "shutdown-timeout", c.Shutdown, "time for running calls at SIGTERM")
 	fs.Var(&c.MaxBody, "max-body-bytes", "largest request body")
-	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; above: 429")
-	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections")
+	fs.Var(&c.MaxBodyMemory, "max-body-memory", "memory of all request bodies being read or waiting; above: 429")
+	fs.IntVar(&c.MaxInFlight, "max-in-flight", c.MaxInFlight, "calls at one time; more wait")
+	fs.IntVar(&c.MaxQueue, "max-queue", c.MaxQueue, "calls that wait for a place, at most half of them of one caller; above: 429")
+	fs.DurationVar(&c.QueueWait, "queue-wait", c.QueueWait, "longest `TIME` a call waits for a place; then: 429")
+	fs.IntVar(&c.MaxConns, "max-connections", c.MaxConns, "open connections; above: 503")
+	fs.StringVar(&c.Admin, "admin-socket", c.Admin, "serve administration (reload, export resume, profiles) on the Unix socket `PATH`, for root and this user only")
+	fs.DurationVar(&c.SlowCall, "slow-call", c.SlowCall, "log a call that takes `TIME` or longer, and write what the process did meanwhile to the state directory; 0: off")
+	fs.IntVar(&c.LogCalls, "log-calls", c.LogCalls, "log one call in `N`; 1: every one, 0: none")
+	fs.StringVar(&c.Traces, "trace-endpoint", c.Traces, "send a span of each call to the OTLP endpoint `URL`: http://HOST:PORT/v1/traces, or https (default: none)")
+	fs.Float64Var(&c.TraceRatio, "trace-ratio", c.TraceRatio, "part of the calls without a traceparent that get a span, 0 to 1")
+	fs.IntVar(&c.MaxCallIDs, "max-call-ids", c.MaxCallIDs, "call ids that are remembered; the oldest is forgotten, and may then run again")
+	fs.Var(&c.MemoryLimit, "memory-limit", "memory that this process stays below, and near which it refuses calls; 0: the limit of its cgroup, if that has one")
 	fs.BoolVar(&c.PlainHTTP, "allow-plain-http", c.PlainHTTP, "pull from registries over http:// beyond loopback")
+}
+
+// mayListen says why the node would not know its callers at addr.
+func (c *Config) mayListen(addr string) error {
+	switch {
+	case run.Loopback(addr):
+		return nil
+	case c.TLSCert == "":
+		return errors.New("other machines can reach this address, and tokens and calls would pass in the clear: give --tls-cert and --tls-key, or use 127.0.0.1:PORT or unix:PATH")
+	case c.TLSClientCA == "" && c.Tokens == "":
+		return errors.New("other machines can reach this address, and anyone could call tools: give --tokens or --tls-client-ca, so that callers are known")
+	}
+	return nil
 }
 
 var nodeIDPattern = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}$`)
@@ -125,8 +197,28 @@ func (c *Config) Validate() error {
 		fault("--listen: at least one address is needed")
 	}
 	for _, a := range c.Listen {
-		if !run.Loopback(a) {
-			fault("--listen %s: this version serves tools on loopback addresses and Unix sockets only, because it cannot yet tell remote callers apart; use 127.0.0.1:PORT or unix:PATH", a)
+		if err := c.mayListen(a); err != nil {
+			fault("--listen %s: %w", a, err)
+		}
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		fault("--tls-cert and --tls-key go together")
+	}
+	if c.TLSClientCA != "" && c.TLSCert == "" {
+		fault("--tls-client-ca needs --tls-cert and --tls-key")
+	}
+	if c.TLSCRL != "" && c.TLSClientCA == "" {
+		fault("--tls-crl needs --tls-client-ca")
+	}
+	if (c.ClientCert == "") != (c.ClientKey == "") {
+		fault("--client-cert and --client-key go together")
+	}
+	if c.Anonymous != "loopback" && c.Anonymous != "none" {
+		fault("--anonymous is %q, want loopback or none", c.Anonymous)
+	}
+	for _, h := range c.Hosts {
+		if h == "" || strings.ContainsAny(h, ":/@ ") {
+			fault("--allowed-host %q: want a name without scheme and port", h)
 		}
 	}
 	if c.StateDir == "" {
@@ -187,6 +279,35 @@ func (c *Config) Validate() error {
 	}
 	if c.MaxInFlight < 1 || c.MaxInFlight > 1<<16 {
 		fault("--max-in-flight is %d, want 1 to 65536", c.MaxInFlight)
+	}
+	if c.MaxCallIDs < 1 || c.MaxCallIDs > 1<<22 {
+		fault("--max-call-ids is %d, want 1 to 4194304", c.MaxCallIDs)
+	}
+	if c.MaxBodyMemory < c.MaxBody || c.MaxBodyMemory > 16<<30 {
+		fault("--max-body-memory is %s, want at least --max-body-bytes (%s) and at most 16GiB", c.MaxBodyMemory, c.MaxBody)
+	}
+	if c.Traces != "" {
+		if err := trace.CheckEndpoint(c.Traces); err != nil {
+			fault("--trace-endpoint: %w", err)
+		}
+	}
+	if !(c.TraceRatio >= 0 && c.TraceRatio <= 1) {
+		fault("--trace-ratio is %g, want 0 to 1", c.TraceRatio)
+	}
+	if c.SlowCall < 0 || c.SlowCall > time.Hour {
+		fault("--slow-call is %s, want 0 to 1h", c.SlowCall)
+	}
+	if c.LogCalls < 0 {
+		fault("--log-calls is %d, want 0 or more", c.LogCalls)
+	}
+	if c.MemoryLimit != 0 && c.MemoryLimit < 32<<20 {
+		fault("--memory-limit is %s, want 0 or at least 32MiB", c.MemoryLimit)
+	}
+	if c.MaxQueue < 1 || c.MaxQueue > 1<<20 {
+		fault("--max-queue is %d, want 1 to 1048576", c.MaxQueue)
+	}
+	if c.QueueWait < time.Millisecond || c.QueueWait > time.Minute {
+		fault("--queue-wait is %s, want 1ms to 1m", c.QueueWait)
 	}
 	if c.MaxConns < 1 || c.MaxConns > 1<<20 {
 		fault("--max-connections is %d, want 1 to 1048576", c.MaxConns)

@@ -10,25 +10,25 @@ package node
 import (
 	"context"
 	"crypto"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"os"
-	"os/signal"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
-	"github.com/VictoriaMetrics/metrics"
+	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/run"
@@ -38,6 +38,7 @@ import (
 	"github.com/autonomyops/autonomy/node/httpapi"
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
+	"github.com/autonomyops/autonomy/node/trace"
 	"github.com/autonomyops/autonomy/prepared"
 	"github.com/autonomyops/autonomy/verify"
 	"github.com/autonomyops/autonomy/wal"
@@ -52,6 +53,16 @@ func Daemon() run.Daemon {
 		EnvPrefix: EnvPrefix,
 		Bind:      c.Bind,
 		Validate:  c.Validate,
+		Loaded: func(file string, again func(func(*pflag.FlagSet)) error) {
+			c.file = file
+			c.again = func() (Config, error) {
+				next := Defaults()
+				if err := again(next.Bind); err != nil {
+					return next, err
+				}
+				return next, next.Validate()
+			}
+		},
 		Run: func(ctx context.Context, log *slog.Logger, stderr io.Writer) error {
 			err := Run(ctx, c, log, stderr)
 			if ctx.Err() != nil && errors.Is(err, context.Canceled) {
@@ -71,25 +82,39 @@ type node struct {
 	log     *slog.Logger
 	started time.Time
 
-	wal      *wal.Log
-	recovery wal.Recovery
-	noRing   string // why the log has no ring, if that was decided here
-	report   atomic.Pointer[assurance.Report]
-	refuse   atomic.Pointer[string] // why the platform is refused; nil: it is not
-	keyring  *verify.Keyring        // nil: no --trust
-	slots    *prepared.Slots
-	faults   []prepared.Fallback
-	local    *prepared.Active // from --policy
-	tools    atomic.Pointer[tool.Registry]
-	pipeline *call.Pipeline
-	exporter *export.Exporter // nil: no endpoint
-	poller   *release.Poller  // nil: no control plane
-	client   *release.Client
-	addrs    []string
+	wal       *wal.Log
+	recovery  wal.Recovery
+	noRing    string // why the log has no ring, if that was decided here
+	report    atomic.Pointer[assurance.Report]
+	refuse    atomic.Pointer[string] // why the platform is refused; nil: it is not
+	keyring   *verify.Keyring        // nil: no --trust
+	slots     *prepared.Slots
+	faults    []prepared.Fallback
+	local     *prepared.Active // from --policy
+	tools     atomic.Pointer[tool.Registry]
+	memory    *memory
+	auth      *auth.Authenticator
+	limits    *auth.Limits
+	refusals  refusals
+	pipeline  *call.Pipeline
+	exporter  *export.Exporter // nil: no endpoint
+	poller    *release.Poller  // nil: no control plane
+	client    *release.Client
+	clientTLS *tls.Config // for control plane and relay; nil: the system's roots
+	addrs     []string
+
+	tuning    atomic.Pointer[tuning]
+	observed  atomic.Uint64 // calls, for choosing those that are logged
+	flight    *flight       // nil: --slow-call is 0
+	admin     *admin        // nil: no --admin-socket
+	reloading sync.Mutex    // one reload at a time
+	files     looks         // how they looked when they were read at start
 
 	mu          sync.Mutex
 	oldTools    []*tool.Registry // replaced by a reload; closed when no call can use them any more
 	lastRejects time.Time
+
+	callerProblems []string // as last recorded
 }
 
 // Run starts a node and serves until ctx ends. Then it stops in this order:
@@ -100,6 +125,8 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := vfs.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
+	n.memory = limitMemory(int64(cfg.MemoryLimit), log)
+	n.tuning.Store(cfg.tuning())
 	if err := n.assure(ctx); err != nil {
 		return err // before anything is written: the directory may not be ours
 	}
@@ -107,6 +134,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err
 	}
 	if n.signer, n.keyID, err = logKey(cfg); err != nil {
+		return err
+	}
+	secret, err := recordSecret(cfg)
+	if err != nil {
 		return err
 	}
 	n.log = log.With("node", n.id)
@@ -118,21 +149,41 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
+	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
 	registry, err := n.loadTools()
 	if err != nil {
 		return run.Exit(run.Usage, err)
 	}
 	n.tools.Store(registry)
 	defer n.closeTools()
+	if err := n.loadCallers(); err != nil {
+		return err
+	}
 	if err := n.openLog(ctx); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.wal.Close()) }()
 	defer n.slots.Close()
+	var tracer call.Tracer // nil without an endpoint
+	if cfg.Traces != "" {
+		spans, err := trace.New(ctx, trace.Options{Endpoint: cfg.Traces, Ratio: cfg.TraceRatio, NodeID: n.id, Version: run.Version, Logger: n.log})
+		if err != nil {
+			return run.Exit(run.Usage, err)
+		}
+		defer func() {
+			last, cancel := context.WithTimeout(context.Background(), drainTime)
+			defer cancel()
+			if err := spans.Close(last); err != nil {
+				n.log.Warn("some spans were not sent", "err", err)
+			}
+		}()
+		tracer = spans
+	}
 	n.pipeline = call.New(call.Options{
 		Log: n.wal, Policies: n, Tools: n.tools.Load, Logger: n.log, NodeID: n.id, Labels: cfg.Labels,
 		Assurance: func() string { return string(n.report.Load().Level) }, Agent: n.agent, Batched: cfg.Durability == "batched",
-		Refuse: n.refused,
+		Refuse: n.refused, Limits: n.limits, Secret: secret, CallsFile: filepath.Join(cfg.StateDir, "calls"), MaxCallIDs: cfg.MaxCallIDs,
+		Gate: cfg.gate(n.memory.short.Load), Observe: n.observe, Tracer: tracer,
 	})
 	if err := n.connect(); err != nil {
 		return err
@@ -146,17 +197,29 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	server := httpapi.New(httpapi.Options{
 		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
-		MaxBodyBytes: int(cfg.MaxBody), MaxInFlight: cfg.MaxInFlight, MaxConns: cfg.MaxConns,
+		Auth: n.auth, AllowedHosts: cfg.Hosts, Refused: n.refusals.add,
+		MaxBodyBytes: int(cfg.MaxBody), MaxBodyMemory: int64(cfg.MaxBodyMemory), MaxConns: cfg.MaxConns,
 	})
+	if cfg.SlowCall > 0 {
+		if n.flight, err = openFlight(filepath.Join(cfg.StateDir, "flight"), int64(cfg.KeepFree), n.log); err != nil {
+			return err
+		}
+	}
 	listeners, err := n.listen()
 	if err != nil {
+		return err
+	}
+	if n.admin, err = n.openAdmin(cfg.Admin); err != nil {
+		for _, ln := range listeners {
+			err = errors.Join(err, ln.Close())
+		}
 		return err
 	}
 	n.noteStart(unknown)
 
 	// Four groups, stopped one after the other.
 	servers, _ := errgroup.WithContext(context.Background())
-	failed := make(chan error, len(listeners)+1)
+	failed := make(chan error, len(listeners)+3)
 	for _, ln := range listeners {
 		servers.Go(func() error {
 			err := server.Serve(ln)
@@ -176,8 +239,22 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if cfg.Heartbeat > 0 {
 		background.Go(func() { n.heartbeat(loops) })
 	}
+	if n.flight != nil {
+		background.Go(func() { n.flight.run(loops) })
+	}
+	var admins sync.WaitGroup
+	if n.admin != nil {
+		admins.Go(func() {
+			if err := n.admin.serve(); err != nil {
+				failed <- err
+			}
+		})
+	}
+	background.Go(func() { n.memory.watch(loops.Done()) })
 	background.Go(func() { n.watchPlatform(loops) })
 	background.Go(func() { n.reloads(loops) })
+	background.Go(func() { n.watchCallers(loops) })
+	background.Go(func() { n.keepCalls(loops) })
 	exporting, stopExport := context.WithCancel(context.Background())
 	defer stopExport()
 	var exports sync.WaitGroup
@@ -212,10 +289,16 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	if serr := n.wal.Sync(context.WithoutCancel(grace)); serr != nil {
 		err = errors.Join(err, fmt.Errorf("make the log durable: %w", serr))
+	} else {
+		n.saveCalls(context.WithoutCancel(grace))
 	}
 	n.drain()
 	stopExport()
 	exports.Wait()
+	if n.admin != nil { // last: an operator may want to see what a stop waits for
+		err = errors.Join(err, n.admin.close())
+		admins.Wait()
+	}
 	return err
 }
 
@@ -404,13 +487,19 @@ func (n *node) agent() call.Agent {
 }
 
 // connect prepares the exporter and the poller; neither dials yet.
-func (n *node) connect() error {
+func (n *node) connect() (err error) {
+	if n.clientTLS, err = run.ClientTLS(n.cfg.ClientCert, n.cfg.ClientKey, n.cfg.ServerCA); err != nil {
+		return run.Exit(run.Usage, err)
+	}
 	if n.cfg.OTLP != "" {
-		var err error
+		var conf *tls.Config
+		if sameHost(n.cfg.OTLP, n.cfg.CP) {
+			conf = n.clientTLS // a collector elsewhere is no part of ours
+		}
 		n.exporter, err = export.New(export.Options{
 			Log: n.wal, Endpoint: n.cfg.OTLP, Logger: n.log,
 			Resource:    otlp.Resource{ServiceName: event.ServiceName, ServiceVersion: run.Version, InstanceID: n.id},
-			Compression: n.cfg.OTLPPack, StateFile: filepath.Join(n.cfg.StateDir, "export.json"),
+			Compression: n.cfg.OTLPPack, TLS: conf, StateFile: filepath.Join(n.cfg.StateDir, "export.json"),
 			MaxAttempts: export.AttemptsFor(n.cfg.OTLPOutage, export.DefaultMinBackoff, export.DefaultMaxBackoff),
 			OnRejected:  n.rejected, OnExhausted: n.exportExhausted,
 		})
@@ -422,6 +511,16 @@ func (n *node) connect() error {
 		return nil
 	}
 	return n.connectReleases()
+}
+
+// sameHost reports whether two URLs name one host and port.
+func sameHost(a, b string) bool {
+	x, err := url.Parse(a)
+	if err != nil || x.Host == "" {
+		return false
+	}
+	y, err := url.Parse(b)
+	return err == nil && strings.EqualFold(x.Host, y.Host)
 }
 
 // rejected records that the endpoint refused records for ever, at most once a
@@ -484,8 +583,8 @@ func (n *node) listen() (lns []net.Listener, err error) {
 		}
 	}
 	for _, ln := range lns {
-		if !run.Loopback(run.Addr(ln)) {
-			return lns, run.Exitf(run.Usage, "socket activation handed over %s: only loopback addresses and Unix sockets are served", run.Addr(ln))
+		if err := n.cfg.mayListen(run.Addr(ln)); err != nil {
+			return lns, run.Exitf(run.Usage, "%s, handed over by socket activation: %w", run.Addr(ln), err)
 		}
 		n.addrs = append(n.addrs, run.Addr(ln))
 	}
@@ -567,37 +666,6 @@ func (n *node) drain() {
 	}
 }
 
-// reloads loads the tools anew at SIGHUP; a file with faults changes nothing.
-// An export that is exhausted is resumed: the signal is an operator's act.
-func (n *node) reloads(ctx context.Context) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-hup:
-		}
-		run.Notify("RELOADING=1")
-		registry, err := n.loadTools()
-		if err != nil {
-			n.log.Error("reload refused: the tools in force stay", "err", err)
-		} else {
-			n.retire(n.tools.Swap(registry))
-			n.log.Info("tools reloaded", "tools", len(registry.List()))
-		}
-		if n.exporter != nil && n.exporter.Status().State == export.Exhausted {
-			if err := n.exporter.Resume(); err != nil {
-				n.log.Error("export not resumed", "err", err)
-			} else {
-				n.log.Info("export resumed")
-			}
-		}
-		run.Notify("READY=1")
-	}
-}
-
 // notReady lists what keeps the node from serving calls.
 func (n *node) notReady() []string {
 	var out []string
@@ -613,23 +681,10 @@ func (n *node) notReady() []string {
 	if why := n.refused(); why != "" {
 		out = append(out, "assurance: "+why)
 	}
-	return out
-}
-
-func (n *node) writeMetrics(w io.Writer) {
-	n.pipeline.WriteMetrics(w)
-	if n.exporter != nil {
-		n.exporter.WriteMetrics(w)
+	for _, why := range n.auth.Problems() {
+		out = append(out, "callers: "+why)
 	}
-	st := n.wal.Stats()
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_durable_seq", st.DurableSeq)
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_used_bytes", uint64(st.UsedBytes))
-	metrics.WriteGaugeUint64(w, "autonomy_node_wal_max_bytes", uint64(st.MaxBytes))
-	metrics.WriteCounterUint64(w, "autonomy_node_wal_syncs_total", st.Syncs)
-	metrics.WriteCounterUint64(w, "autonomy_node_wal_synced_records_total", st.SyncedRecords)
-	metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_assurance_level{level=%q}`, n.report.Load().Level), 1)
-	n.policyMetrics(w)
-	metrics.WriteProcessMetrics(w)
+	return out
 }
 
 // Status is the body of GET /v1/status.

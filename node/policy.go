@@ -6,13 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"path/filepath"
 	"runtime/debug"
 
-	"github.com/VictoriaMetrics/metrics"
-
 	"github.com/autonomyops/autonomy/internal/event"
+	"github.com/autonomyops/autonomy/internal/metric"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/prepared"
@@ -192,7 +190,7 @@ func (n *node) notePolicy() {
 	}
 }
 
-func (n *node) policyMetrics(w io.Writer) {
+func (n *node) policyMetrics(b *metric.Buffer) {
 	active := uint64(0)
 	if n.Current() != nil {
 		active = 1
@@ -202,9 +200,9 @@ func (n *node) policyMetrics(w io.Writer) {
 	if n.Current() != nil && n.Current() == n.local {
 		serving = prepared.SourceLocal
 	}
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_active", active)
-	metrics.WriteGaugeUint64(w, fmt.Sprintf("autonomy_node_policy_serving{slot=%q}", serving), 1)
-	metrics.WriteGaugeUint64(w, "autonomy_node_policy_slot_faults", uint64(len(st.Fallbacks)))
+	b.Uint("autonomy_node_policy_active", "", active)
+	b.Uint("autonomy_node_policy_serving", fmt.Sprintf("slot=%q", serving), 1)
+	b.Uint("autonomy_node_policy_slot_faults", "", uint64(len(st.Fallbacks)))
 	if st.Candidate == nil {
 		return
 	}
@@ -213,6 +211,6 @@ func (n *node) policyMetrics(w io.Writer) {
 		result string
 		n      uint64
 	}{{"same", s.Same}, {"stricter", s.Stricter}, {"looser", s.Looser}, {"other", s.Other}, {"failed", s.Failed}, {"skipped", s.Skipped}} {
-		metrics.WriteGaugeUint64(w, fmt.Sprintf("autonomy_node_policy_shadow_calls{result=%q}", c.result), c.n)
+		b.Uint("autonomy_node_policy_shadow_calls", fmt.Sprintf("result=%q", c.result), c.n)
 	}
 }

@@ -41,11 +41,15 @@ func (n *node) connectReleases() error {
 	if err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--trust %s: %w", n.cfg.Trust, err))
 	}
-	content, err := oci.New(oci.Options{Mirror: n.cfg.Relay, PlainHTTP: n.cfg.PlainHTTP, MaxBlob: prepared.DefaultLimits.MaxBytes})
+	options := oci.Options{Mirror: n.cfg.Relay, PlainHTTP: n.cfg.PlainHTTP, MaxBlob: prepared.DefaultLimits.MaxBytes}
+	if n.cfg.Relay != "" {
+		options.TLS = n.clientTLS // our certificate is for our own relay, not for a registry
+	}
+	content, err := oci.New(options)
 	if err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--relay-url: %w", err))
 	}
-	if n.client, err = release.NewClient(n.cfg.CP); err != nil {
+	if n.client, err = release.NewClient(n.cfg.CP, n.clientTLS); err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--cp-url: %w", err))
 	}
 	n.poller, err = release.New(release.Options{

@@ -3,6 +3,7 @@ package relay
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,9 +62,10 @@ type Client struct {
 	http *http.Client
 }
 
-// Dial makes a Client for http(s)://host[:port] or unix:PATH. It does not connect.
-func Dial(addr string) (*Client, error) {
-	tr := &http.Transport{MaxResponseHeaderBytes: 64 << 10}
+// Dial makes a Client for http(s)://host[:port] or unix:PATH. tlsConf is for
+// https; nil: the system's roots, no client certificate. It does not connect.
+func Dial(addr string, tlsConf *tls.Config) (*Client, error) {
+	tr := &http.Transport{MaxResponseHeaderBytes: 64 << 10, TLSClientConfig: tlsConf.Clone()}
 	c := &Client{http: &http.Client{Transport: tr, Timeout: clientTimeout, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse
 	}}}

@@ -7,12 +7,12 @@ cd "$(dirname "$0")/.."
 
 case ${1:-} in
 quick)
-	tool=(-reps 5 -duration 800ms -warmup 200ms)
+	tool=(-reps 3 -duration 450ms -warmup 100ms)
 	wal=(-quick -reps 5 -duration 200ms -warmup 60ms)
 	policy=(-reps 3 -duration 250ms -warmup 150ms)
 	;;
 full)
-	tool=(-reps 9 -duration 5s -warmup 1s)
+	tool=(-reps 7 -duration 2s -warmup 300ms)
 	wal=(-reps 5 -duration 1s -warmup 200ms)
 	policy=(-reps 9 -duration 1s -warmup 300ms)
 	;;

@@ -23,13 +23,18 @@ type leg struct {
 	rate     float64 // calls per second
 	p50, p99 float64 // microseconds
 	cpu      float64 // microseconds of the server's CPU per call
+	rss      float64 // MiB of the server's own memory at the end, its mapped files left out
 	calls    int
+
+	// Of a node only: how its log was flushed meanwhile.
+	flushes float64 // per second
+	records float64 // per flush
 }
 
 // load sends the same request over conns keep-alive connections, one at a time
-// on each, for warmup and then for duration. Every answer must have status 200
+// on each, for warmup and then for duration. Every answer must have the status
 // and hold expect: a server that refuses is fast and measures nothing.
-func load(ctx context.Context, srv *server, request []byte, expect string, conns int, warmup, duration time.Duration) (leg, error) {
+func load(ctx context.Context, srv *server, request []byte, status, expect string, conns int, warmup, duration time.Duration) (leg, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	clients := make([]*client, conns)
@@ -39,7 +44,7 @@ func load(ctx context.Context, srv *server, request []byte, expect string, conns
 			return leg{}, err
 		}
 		defer c.Close()
-		clients[i] = &client{conn: c, in: bufio.NewReaderSize(c, 16<<10), request: request, expect: []byte(expect)}
+		clients[i] = &client{conn: c, in: bufio.NewReaderSize(c, 16<<10), request: request, status: []byte("HTTP/1.1 " + status), expect: []byte(expect)}
 	}
 	// A server that hangs must not hang the benchmark.
 	deadline := time.Now().Add(warmup + duration + 10*time.Second)
@@ -63,12 +68,24 @@ func load(ctx context.Context, srv *server, request []byte, expect string, conns
 	if err != nil {
 		return leg{}, err
 	}
+	flushed, err := srv.flushes()
+	if err != nil {
+		return leg{}, err
+	}
 	begin := time.Now()
 	if err := round(duration, true); err != nil {
 		return leg{}, err
 	}
 	took := time.Since(begin)
 	after, err := cpuTime(srv.pid)
+	if err != nil {
+		return leg{}, err
+	}
+	rss, err := ownMemory(srv.pid)
+	if err != nil {
+		return leg{}, err
+	}
+	now, err := srv.flushes()
 	if err != nil {
 		return leg{}, err
 	}
@@ -80,7 +97,9 @@ func load(ctx context.Context, srv *server, request []byte, expect string, conns
 		return leg{}, errors.New("no call was answered")
 	}
 	slices.Sort(all)
+	syncs := now.syncs - flushed.syncs
 	return leg{
+		rss: float64(rss) / (1 << 20), flushes: syncs / took.Seconds(), records: (now.records - flushed.records) / max(1, syncs),
 		rate:  float64(len(all)) / took.Seconds(),
 		p50:   micros(results.Percentile(all, 50)),
 		p99:   micros(results.Percentile(all, 99)),
@@ -97,6 +116,7 @@ type client struct {
 	conn    net.Conn
 	in      *bufio.Reader
 	request []byte
+	status  []byte
 	expect  []byte
 	body    []byte
 	latency []time.Duration
@@ -131,7 +151,7 @@ func (c *client) answer() error {
 	if err != nil {
 		return fmt.Errorf("read the status line: %w", err)
 	}
-	ok := bytes.HasPrefix(status, []byte("HTTP/1.1 200"))
+	ok := bytes.HasPrefix(status, c.status)
 	line := string(bytes.TrimSpace(status[:min(len(status), 64)]))
 	length := -1
 	for {
@@ -162,6 +182,25 @@ func (c *client) answer() error {
 		return fmt.Errorf("unexpected answer: %s\n%.500s", line, c.body)
 	}
 	return nil
+}
+
+// ownMemory is the resident memory of a process without mapped files, in bytes:
+// the node's log is one, and its pages are the page cache's.
+func ownMemory(pid int) (int64, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, "RssAnon:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("/proc/%d/status: %w", pid, err)
+			}
+			return kib << 10, nil
+		}
+	}
+	return 0, fmt.Errorf("/proc/%d/status has no RssAnon", pid)
 }
 
 // clockTick is the unit of /proc/PID/stat: USER_HZ is 100 on every architecture

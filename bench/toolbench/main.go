@@ -2,16 +2,19 @@
 // with the same policy bundle and beside a bare fasthttp server, in one run.
 //
 // What is compared is not the same work. The node decodes strictly, evaluates,
-// writes the decision to disk and waits until it is durable, runs the tool
-// (tool.echo), writes the action, answers. OPA decodes, evaluates and answers;
-// it records nothing and runs nothing. The fasthttp server sends the body back:
-// no HTTP server written with that library can be faster here.
+// writes the decision to its log, waits until it is on disk (strict) or not
+// (batched), runs the tool (tool.echo), writes the action, answers; a call that
+// is denied ends with the decision. OPA decodes, evaluates, writes its decision
+// log to the console, here a file that nobody syncs, and answers; it runs
+// nothing. The fasthttp server sends the body back: no HTTP server written with
+// that library can be faster here.
 //
-// One repetition measures every side at every number of connections; the order
-// of the sides is reversed from one repetition to the next, so that a slow
-// moment of the machine does not always hit the same one. Every leg starts its
-// server anew, on an empty state directory, and drops a warm-up. The figures are
-// medians over the repetitions, ratios are taken within a repetition first.
+// One repetition starts every server, on an empty state directory, and measures
+// each of them with each call at each number of connections; the order of the
+// sides is reversed from one repetition to the next, so that a slow moment of
+// the machine does not always hit the same one. Every leg drops a warm-up. The
+// servers that are not being measured are idle. The figures are medians over the
+// repetitions, ratios are taken within a repetition first.
 //
 // The load generator runs on the same cores as the servers and takes its share
 // of them: calls/s are those of this machine with this generator. CPU per call,
@@ -78,10 +81,10 @@ func parse(args []string) (*options, error) {
 	fs.StringVar(&o.tools, "tools", "examples/quickstart/tools.yaml", "the node's tools, a `file`")
 	fs.StringVar(&o.work, "work", "bin", "`directory` to make state directories in: on a disk, not in memory")
 	fs.StringVar(&o.out, "out", "bench/results", "`directory` for latest.json and latest.md")
-	fs.DurationVar(&o.duration, "duration", 3*time.Second, "how long a leg is measured")
-	fs.DurationVar(&o.warmup, "warmup", 500*time.Millisecond, "how long a leg runs before that")
+	fs.DurationVar(&o.duration, "duration", 2*time.Second, "how long a leg is measured")
+	fs.DurationVar(&o.warmup, "warmup", 300*time.Millisecond, "how long a leg runs before that")
 	fs.IntVar(&o.reps, "reps", 7, "repetitions")
-	conns := fs.String("conns", "1,8,64", "numbers of connections")
+	conns := fs.String("conns", "1,8,64,256", "numbers of connections")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
 	}
@@ -128,42 +131,63 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	r := report{options: o, machine: m}
+	if info, err := os.Stat(o.node); err == nil {
+		r.binary = float64(info.Size()) / (1 << 20)
+	}
+	if r.starts, err = startTimes(ctx, sides[0], filepath.Join(work, "starts"), max(3, o.reps)); err != nil {
+		return fmt.Errorf("start times: %w", err)
+	}
 	begin := time.Now()
 	for rep := range o.reps {
-		for _, conns := range o.conns {
-			order := slices.Clone(sides)
-			if rep%2 == 1 {
-				slices.Reverse(order)
-			}
-			for i, s := range order {
-				dir := filepath.Join(work, fmt.Sprintf("%d-%d-%d", rep, conns, i))
-				leg, err := measure(ctx, o, s, dir, conns)
-				if err != nil {
-					return fmt.Errorf("%s, %d connections, repetition %d: %w", s.name, conns, rep+1, err)
-				}
-				r.add(s.name, conns, leg)
-				fmt.Fprintf(stdout, "%3d  %-10s %3d conns  %9.0f calls/s  p50 %8.1f µs  p99 %9.1f µs  %7.1f µs CPU/call\n",
-					rep+1, s.name, conns, leg.rate, leg.p50, leg.p99, leg.cpu)
-			}
+		sync, err := diskSync(work)
+		if err != nil {
+			return err
+		}
+		r.syncs = append(r.syncs, sync)
+		if err := repetition(ctx, o, sides, filepath.Join(work, strconv.Itoa(rep)), rep, &r, stdout); err != nil {
+			return err
 		}
 	}
 	if err := r.write(); err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "\n%s\nwritten to %s in %v\n", r.table(), o.out, time.Since(begin).Round(time.Second))
+	fmt.Fprintf(stdout, "\n%s\n%s\nwritten to %s in %v\n", r.targets(), r.table(), o.out, time.Since(begin).Round(time.Second))
 	return nil
 }
 
-// measure runs one leg: start the server, warm up, measure, stop it.
-func measure(ctx context.Context, o *options, s side, dir string, conns int) (leg, error) {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return leg{}, err
-	}
+// repetition starts every server, measures every leg and stops them.
+func repetition(ctx context.Context, o *options, sides []side, dir string, rep int, r *report, stdout io.Writer) error {
 	defer os.RemoveAll(dir)
-	srv, err := s.start(ctx, dir)
-	if err != nil {
-		return leg{}, err
+	servers := map[string]*server{}
+	for i, s := range sides {
+		own := filepath.Join(dir, strconv.Itoa(i))
+		if err := os.MkdirAll(own, 0o700); err != nil {
+			return err
+		}
+		srv, err := s.start(ctx, own)
+		if err != nil {
+			return fmt.Errorf("%s, repetition %d: %w", s.name, rep+1, err)
+		}
+		defer srv.stop()
+		servers[s.name] = srv
 	}
-	defer srv.stop()
-	return load(ctx, srv, s.request(srv.addr), s.expect, conns, o.warmup, o.duration)
+	order := slices.Clone(sides)
+	if rep%2 == 1 {
+		slices.Reverse(order)
+	}
+	for _, conns := range o.conns {
+		for _, c := range calls {
+			for _, s := range order {
+				srv := servers[s.name]
+				l, err := load(ctx, srv, s.request(srv.addr, c), c.status[s.name], c.expect[s.name], conns, o.warmup, o.duration)
+				if err != nil {
+					return fmt.Errorf("%s, %s, %d connections, repetition %d: %w", s.name, c.name, conns, rep+1, err)
+				}
+				r.add(s.name, c.name, conns, l)
+				fmt.Fprintf(stdout, "%3d  %-17s %s %4d conns  %9.0f calls/s  p50 %8.1f µs  p99 %9.1f µs  %7.1f µs CPU/call\n",
+					rep+1, s.name, c.name, conns, l.rate, l.p50, l.p99, l.cpu)
+			}
+		}
+	}
+	return nil
 }

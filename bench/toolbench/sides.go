@@ -17,32 +17,61 @@ import (
 
 // The sides, as the report names them.
 const (
-	sideNode    = "autonomy"
+	sideStrict  = "autonomy, strict"
+	sideBatched = "autonomy, batched"
 	sideOPA     = "opa"
 	sideCeiling = "fasthttp"
 )
 
 // A side is one of what is compared.
 type side struct {
-	name   string
-	expect string                                         // must be in the answer
-	path   string                                         // of the request
-	body   string                                         // of the request
-	start  func(context.Context, string) (*server, error) // in an empty directory
+	name  string
+	path  string                                         // of the request
+	body  func(call) string                              // of the request
+	start func(context.Context, string) (*server, error) // in an empty directory
+	again func(context.Context, string) (*server, error) // in a directory that it was started in before; nil: it keeps nothing
 }
 
-func (s side) request(addr string) []byte {
+func (s side) request(addr string, c call) []byte {
+	body := s.body(c)
 	return fmt.Appendf(nil, "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
-		s.path, addr, len(s.body), s.body)
+		s.path, addr, len(body), body)
 }
 
-// The call that is measured, and the input that the node makes of it and that
-// OPA is sent.
+// A call is one of those that are measured: what the node is sent, the input
+// that it makes of it and that OPA is sent, and what must be in the answers.
+type call struct {
+	name   string
+	node   string
+	opa    string
+	status map[string]string // by side, the answer's status
+	expect map[string]string // by side, what it must hold
+}
+
+const opaRest = `,"caller":{"type":"anonymous","id":"loopback"},"agent":{"id":"","release":"","fingerprint":""},` +
+	`"node":{"id":"bench","labels":{},"assurance":"reduced"},"time_ns":1767225600000000000}}`
+
+// calls are the two that are measured: one that policy allows, whose tool does
+// nothing, and one that policy denies.
+var calls = []call{
+	newCall("echo", `"kind":"tool.echo","params":{"message":"The quick brown fox jumps over the lazy dog."},"session":"bench"`,
+		"200", `"outcome":"ok"`, `"allow":true`),
+	newCall("deny", `"kind":"tool.http_get","params":{"endpoint":"https://not-on-the-list.example/quick/brown/fox"},"session":"bench"`,
+		"403", `"layer":"policy"`, `"allow":false`),
+}
+
+func newCall(name, members, status, node, opa string) call {
+	return call{name: name, node: "{" + members + "}", opa: `{"input":{` + members + opaRest,
+		status: map[string]string{sideStrict: status, sideBatched: status, sideOPA: "200", sideCeiling: "200"},
+		expect: map[string]string{sideStrict: node, sideBatched: node, sideOPA: opa, sideCeiling: `"session":"bench"`}}
+}
+
+// The node's log: larger than what a second of batched calls writes, because
+// without an endpoint the oldest records make room once a second; and no larger
+// than needed, because the first start writes all of it.
 const (
-	toolCall = `{"kind":"tool.echo","params":{"message":"The quick brown fox jumps over the lazy dog."},"session":"bench"}`
-	opaInput = `{"input":{"kind":"tool.echo","params":{"message":"The quick brown fox jumps over the lazy dog."},"session":"bench",` +
-		`"caller":{"type":"anonymous","id":"loopback"},"agent":{"id":"","release":"","fingerprint":""},` +
-		`"node":{"id":"bench","labels":{},"assurance":"reduced"},"time_ns":1767225600000000000}}`
+	nodeLog     = "768MiB"
+	nodeSegment = "64MiB"
 )
 
 func newSides(o *options) ([]side, error) {
@@ -50,37 +79,45 @@ func newSides(o *options) ([]side, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []side{
-		{
-			name: sideNode, path: "/v1/tool", body: toolCall, expect: `"outcome":"ok"`,
-			start: func(ctx context.Context, dir string) (*server, error) {
-				ready := filepath.Join(dir, "ready")
-				state := filepath.Join(dir, "state")
-				if err := os.Mkdir(state, 0o700); err != nil {
-					return nil, err
-				}
-				s, err := start(ctx, dir, o.node, "--listen", "127.0.0.1:0", "--state-dir", state, "--policy", o.bundle,
-					"--tools", o.tools, "--durability", "strict", "--ready-file", ready)
+	nodeBody := func(c call) string { return c.node }
+	node := func(name, durability string) side {
+		begin := func(ctx context.Context, dir string) (*server, error) {
+			ready := filepath.Join(dir, "ready")
+			s, err := start(ctx, dir, o.node, "--listen", "127.0.0.1:0", "--state-dir", filepath.Join(dir, "state"),
+				"--policy", o.bundle, "--tools", o.tools, "--durability", durability, "--ready-file", ready,
+				"--wal-max-bytes", nodeLog, "--wal-segment-bytes", nodeSegment)
+			if err != nil {
+				return nil, err
+			}
+			s.node = true
+			return s, s.wait(func() error {
+				data, err := os.ReadFile(ready)
 				if err != nil {
+					return err
+				}
+				for line := range strings.Lines(string(data)) {
+					if a, ok := strings.CutPrefix(strings.TrimSpace(line), "addr="); ok {
+						s.addr = a
+						return nil
+					}
+				}
+				return errors.New("the ready file names no address")
+			})
+		}
+		return side{name: name, path: "/v1/tool", body: nodeBody, again: begin,
+			start: func(ctx context.Context, dir string) (*server, error) {
+				if err := os.Mkdir(filepath.Join(dir, "state"), 0o700); err != nil {
 					return nil, err
 				}
-				return s, s.wait(func() error {
-					data, err := os.ReadFile(ready)
-					if err != nil {
-						return err
-					}
-					for line := range strings.Lines(string(data)) {
-						if a, ok := strings.CutPrefix(strings.TrimSpace(line), "addr="); ok {
-							s.addr = a
-							return nil
-						}
-					}
-					return errors.New("the ready file names no address")
-				})
+				return begin(ctx, dir)
 			},
-		},
+		}
+	}
+	return []side{
+		node(sideStrict, "strict"),
+		node(sideBatched, "batched"),
 		{
-			name: sideOPA, path: "/v1/data/autonomy/decision", body: opaInput, expect: `"allow":true`,
+			name: sideOPA, path: "/v1/data/autonomy/decision", body: func(c call) string { return c.opa },
 			start: func(ctx context.Context, dir string) (*server, error) {
 				ln, err := net.Listen("tcp", "127.0.0.1:0") // it does not tell which port it chose
 				if err != nil {
@@ -88,8 +125,10 @@ func newSides(o *options) ([]side, error) {
 				}
 				addr := ln.Addr().String()
 				ln.Close()
+				// Its decision logs go to the console, here a file that nobody
+				// syncs: what it offers that comes nearest to a record.
 				s, err := start(ctx, dir, o.opa, "run", "--server", "--addr", addr, "--log-level", "error",
-					"--skip-version-check", "--bundle", o.bundle)
+					"--set", "decision_logs.console=true", "--skip-version-check", "--bundle", o.bundle)
 				if err != nil {
 					return nil, err
 				}
@@ -98,7 +137,7 @@ func newSides(o *options) ([]side, error) {
 			},
 		},
 		{
-			name: sideCeiling, path: "/", body: toolCall, expect: `"tool.echo"`,
+			name: sideCeiling, path: "/", body: nodeBody,
 			start: func(ctx context.Context, dir string) (*server, error) {
 				s, err := start(ctx, dir, self, ceilingCommand)
 				if err != nil {
@@ -125,6 +164,7 @@ func newSides(o *options) ([]side, error) {
 type server struct {
 	addr string
 	pid  int
+	node bool // it has a node's metrics
 
 	cmd    *exec.Cmd
 	output string        // file
@@ -162,7 +202,7 @@ func (s *server) wait(ready func() error) error {
 		select {
 		case <-s.done:
 			err = errors.New("it ended")
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(2 * time.Millisecond):
 			if time.Now().Before(deadline) {
 				continue
 			}
@@ -180,6 +220,12 @@ func (s *server) dial() error {
 		return err
 	}
 	return c.Close()
+}
+
+// terminate ends the server as an operator does, and waits for it.
+func (s *server) terminate() {
+	_ = s.cmd.Process.Signal(syscall.SIGTERM) // an error means it has ended
+	<-s.done
 }
 
 // stop ends the server: it has nothing to save, its directory goes with it.

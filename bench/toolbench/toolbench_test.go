@@ -10,7 +10,9 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,7 +45,8 @@ func fakeNode(args []string) error {
 	fs := flag.NewFlagSet("node", flag.ContinueOnError)
 	listen, ready := fs.String("listen", "", ""), fs.String("ready-file", "", "")
 	policy := fs.String("policy", "", "")
-	for _, name := range []string{"state-dir", "tools", "durability"} {
+	durability := fs.String("durability", "", "")
+	for _, name := range []string{"state-dir", "tools", "wal-max-bytes", "wal-segment-bytes"} {
 		fs.String(name, "", "")
 	}
 	if err := fs.Parse(args); err != nil {
@@ -59,15 +62,31 @@ func fakeNode(args []string) error {
 	if err := os.WriteFile(*ready, fmt.Appendf(nil, "addr=%s\npid=%d\n", ln.Addr(), os.Getpid()), 0o600); err != nil {
 		return err
 	}
+	if *durability != "strict" && *durability != "batched" {
+		return fmt.Errorf("durability %q", *durability)
+	}
+	var records atomic.Int64
 	return http.Serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/metrics" {
+			n := records.Load()
+			fmt.Fprintf(w, "# HELP x\nautonomy_node_wal_syncs_total %d\nautonomy_node_wal_synced_records_total %d\n", n/4, n)
+			return
+		}
+		records.Add(1)
 		body, err := io.ReadAll(r.Body)
-		if err != nil || r.URL.Path != "/v1/tool" || string(body) != toolCall {
+		at := slices.IndexFunc(calls, func(c call) bool { return c.node == string(body) })
+		if err != nil || r.URL.Path != "/v1/tool" || at < 0 {
 			http.Error(w, "wrong request", http.StatusBadRequest)
 			return
 		}
 		if *policy == "refusing" {
 			w.WriteHeader(http.StatusServiceUnavailable)
 			io.WriteString(w, `{"decision":"deny","layer":"audit","reason":"the log is full"}`)
+			return
+		}
+		if calls[at].name == "deny" {
+			w.WriteHeader(http.StatusForbidden)
+			io.WriteString(w, `{"decision":"deny","layer":"policy"}`)
 			return
 		}
 		io.WriteString(w, `{"decision":"allow","outcome":"ok"}`)
@@ -81,16 +100,20 @@ func fakeOPA(args []string) error {
 	fs.Bool("skip-version-check", false, "")
 	fs.String("log-level", "", "")
 	fs.String("bundle", "", "")
+	set := fs.String("set", "", "")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
+	if *set != "decision_logs.console=true" {
+		return fmt.Errorf("OPA must log its decisions: --set %q", *set)
+	}
 	return http.ListenAndServe(*addr, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var in struct{ Input struct{ Kind string } }
-		if err := json.NewDecoder(r.Body).Decode(&in); err != nil || r.URL.Path != "/v1/data/autonomy/decision" || in.Input.Kind != "tool.echo" {
+		if err := json.NewDecoder(r.Body).Decode(&in); err != nil || r.URL.Path != "/v1/data/autonomy/decision" || in.Input.Kind == "" {
 			http.Error(w, "wrong request", http.StatusBadRequest)
 			return
 		}
-		io.WriteString(w, `{"result":{"allow":true}}`)
+		fmt.Fprintf(w, `{"result":{"allow":%v}}`, in.Input.Kind == "tool.echo")
 	}))
 }
 
@@ -101,7 +124,7 @@ func arguments(t *testing.T, policy string) (args []string, out string) {
 	}
 	out = filepath.Join(t.TempDir(), "results")
 	return []string{"-node", self, "-opa", self, "-bundle", policy, "-work", t.TempDir(), "-out", out,
-		"-duration", "60ms", "-warmup", "10ms", "-reps", "3", "-conns", "1,4"}, out
+		"-duration", "60ms", "-warmup", "10ms", "-reps", "3", "-conns", "1,64"}, out
 }
 
 // TestRun measures the fakes and reads what was written.
@@ -121,12 +144,16 @@ func TestRun(t *testing.T) {
 	if err := dec.Decode(&rows); err != nil {
 		t.Fatal(err)
 	}
-	if want := 2 * len(metrics) * len(peers); len(rows) != want {
+	// With each number of connections: two throughputs of each call and two CPU
+	// figures of each durability; with 1: p50 of each call; with 64: throughput
+	// and p99 of each. Then start and size.
+	targets := 2*(2*len(calls)+4) + len(calls) + 2*len(calls) + 2
+	if want := targets + 2*len(calls)*len(metrics)*len(peers); len(rows) != want {
 		t.Fatalf("%d rows, want %d", len(rows), want)
 	}
-	for _, r := range rows {
-		if r.Area != "tool-call" || r.Ours < 0 || r.Value < 0 || r.Target != nil || r.Met != nil {
-			t.Errorf("row %+v", r)
+	for i, r := range rows {
+		if r.Area != "tool-call" || r.Ours < 0 || r.Value < 0 || (r.Target != nil) != (i < targets) || (r.Met != nil) != (i < targets) {
+			t.Errorf("row %d: %+v", i, r)
 		}
 		if r.Unit == "calls/s" && (r.Ours < 10 || r.Value < 10 || r.Ratio == 0) {
 			t.Errorf("no throughput in %+v", r)
@@ -141,7 +168,7 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"3 repetitions of 60ms", "autonomy-node 1.2.3", "Linux ", "| 4 | opa | "} {
+	for _, want := range []string{"3 repetitions of 60ms", "autonomy-node 1.2.3", "Linux ", "| echo | 64 | opa | ", "one fdatasync", "| 15 µs | 15 |"} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page does not say %q:\n%s", want, page)
 		}
@@ -149,11 +176,11 @@ func TestRun(t *testing.T) {
 	// The first repetition goes one way, the second the other.
 	order := ""
 	for line := range strings.Lines(stdout.String()) {
-		if f := strings.Fields(line); len(f) > 4 && f[2] == "1" && f[3] == "conns" {
-			order += f[1][:1]
+		if strings.Contains(line, "echo    1 conns") {
+			order += strings.Fields(line)[1][:1] + strings.Fields(line)[2][:1]
 		}
 	}
-	if order != "aof"+"foa"+"aof" {
+	if forth, back := "asaboefe", "feoeabas"; order != forth+back+forth {
 		t.Errorf("sides were measured in the order %s", order)
 	}
 }
@@ -162,7 +189,7 @@ func TestRun(t *testing.T) {
 // would be those of another program.
 func TestRunRefuses(t *testing.T) {
 	for policy, want := range map[string]string{
-		"refusing": "autonomy, 1 connections, repetition 1: unexpected answer: HTTP/1.1 503 Service Unavailable\n" + `{"decision":"deny","layer":"audit","reason":"the log is full"}`,
+		"refusing": "autonomy, strict, echo, 1 connections, repetition 1: unexpected answer: HTTP/1.1 503 Service Unavailable\n" + `{"decision":"deny","layer":"audit","reason":"the log is full"}`,
 		"broken":   "it ended; it wrote:\nbundle broken is broken",
 	} {
 		t.Run(policy, func(t *testing.T) {
@@ -236,7 +263,7 @@ func TestAnswers(t *testing.T) {
 				}
 			}()
 			srv := &server{addr: ln.Addr().String(), pid: os.Getpid()}
-			l, err := load(t.Context(), srv, []byte("0123456789abcdef"), "ok", 1, 0, 20*time.Millisecond)
+			l, err := load(t.Context(), srv, []byte("0123456789abcdef"), "200", "ok", 1, 0, 20*time.Millisecond)
 			switch {
 			case tt.want == "" && (err != nil || l.calls == 0):
 				t.Errorf("%d calls, %v", l.calls, err)

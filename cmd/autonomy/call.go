@@ -155,7 +155,7 @@ type callAnswer struct {
 
 // call sends body and prints the answer.
 func call(ctx context.Context, w io.Writer, kind string, body []byte, o *callOptions) error {
-	client, base, err := callClient(o.node)
+	client, base, err := callClient(ctx, o.node)
 	if err != nil {
 		return err
 	}
@@ -169,6 +169,9 @@ func call(ctx context.Context, w io.Writer, kind string, body []byte, o *callOpt
 		return run.Exitf(run.Usage, "--node is %q: %w", o.node, err)
 	}
 	req.Header.Set("Content-Type", "application/json")
+	if err := identityOf(ctx).authorize(req); err != nil {
+		return err
+	}
 	start := time.Now()
 	resp, err := client.Do(req)
 	if err != nil {
@@ -204,9 +207,9 @@ func call(ctx context.Context, w io.Writer, kind string, body []byte, o *callOpt
 
 // callClient makes a client for a node. It uses no proxy and follows no
 // redirect: a call goes to the node that was named, or nowhere.
-func callClient(node string) (*http.Client, string, error) {
+func callClient(ctx context.Context, node string) (*http.Client, string, error) {
 	d := net.Dialer{Timeout: callDial}
-	tr := &http.Transport{DisableKeepAlives: true, DialContext: d.DialContext}
+	tr := &http.Transport{DisableKeepAlives: true, DialContext: d.DialContext, TLSClientConfig: identityOf(ctx).tls.Clone()}
 	base := strings.TrimSuffix(node, "/")
 	if socket, ok := strings.CutPrefix(node, "unix:"); ok {
 		base = "http://localhost"

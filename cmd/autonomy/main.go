@@ -52,6 +52,7 @@ Start with "autonomy demo": it runs everything on this machine in half a minute.
 		return run.Exitf(run.Usage, "%w\nSee '%s --help'", err, c.CommandPath())
 	})
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	addIdentity(root)
 	for _, newCommand := range commands() {
 		root.AddCommand(newCommand())
 	}
@@ -68,6 +69,7 @@ func commands() []func() *cobra.Command {
 		newRelay,
 		newDoctor,
 		newWAL,
+		newToken,
 		newKey, newKeyring, newLock, newSign, newVerify, newOCI, newRelease,
 		newFleet, newEvents,
 	}

@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -469,19 +467,16 @@ const maxStatus = 4 << 20
 // getNode asks a node at "http://HOST:PORT" or "unix:PATH". No answer is exit
 // code 5.
 func getNode(ctx context.Context, node, path string) ([]byte, error) {
-	base := node
-	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	if socket, ok := strings.CutPrefix(node, "unix:"); ok {
-		base = "http://localhost"
-		client.Transport = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		}}
-	} else if u, err := url.Parse(node); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, run.Exitf(run.Usage, "--node is %q, want http://HOST:PORT or unix:PATH", node)
+	client, base, err := callClient(ctx, node)
+	if err != nil {
+		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(base, "/")+path, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+path, nil)
 	if err != nil {
 		return nil, run.Exitf(run.Usage, "--node is %q: %w", node, err)
+	}
+	if err := identityOf(ctx).authorize(req); err != nil {
+		return nil, err
 	}
 	resp, err := client.Do(req)
 	if err != nil {

@@ -41,8 +41,8 @@ func relayFlag(c *cobra.Command) *string {
 	return c.Flags().String("relay", defaultRelay, "`URL` of the relay: http://HOST:PORT, https://HOST:PORT or unix:PATH")
 }
 
-func dialRelay(addr string) (*relay.Client, error) {
-	client, err := relay.Dial(addr)
+func dialRelay(ctx context.Context, addr string) (*relay.Client, error) {
+	client, err := relay.Dial(addr, identityOf(ctx).tls)
 	return client, run.Exit(run.Usage, err)
 }
 
@@ -71,7 +71,7 @@ func newRelayStatus() *cobra.Command {
 	}
 	addr, format := relayFlag(c), outputFlag(c)
 	c.RunE = func(c *cobra.Command, args []string) error {
-		client, err := dialRelay(*addr)
+		client, err := dialRelay(c.Context(), *addr)
 		if err != nil {
 			return err
 		}
@@ -181,7 +181,7 @@ older one named may then be evicted.`,
 		if err != nil {
 			return err
 		}
-		client, err := dialRelay(*addr)
+		client, err := dialRelay(c.Context(), *addr)
 		if err != nil {
 			return err
 		}

@@ -188,7 +188,7 @@ func askCP(ctx context.Context, method, base, path string, body []byte, v any) (
 		req.Header.Set("Content-Type", "application/json")
 	}
 	req.Header.Set("Accept", "application/json")
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := httpClient(ctx).Do(req)
 	if err != nil {
 		return 0, run.Exitf(run.Unreachable, "control plane: %w; is autonomy-cp running, and --cp right?", err)
 	}

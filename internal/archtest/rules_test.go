@@ -167,6 +167,7 @@ var packages = []pkg{
 	{"node/tool/httptool", []string{"node/tool/executor", anyInternal}},
 	{"node/release", []string{"verify/...", "fingerprint", "prepared", anyInternal}},
 	{"node/export", []string{"wal", anyInternal}},
+	{"node/trace", []string{"node/call", anyInternal}},
 
 	{"cp", []string{"cp/...", "verify", anyInternal}},
 	{"cp/api", []string{"cp/store", "cp/rollout", "cp/web", "verify", anyInternal}},

@@ -42,7 +42,12 @@ func TestRefusesToStart(t *testing.T) {
 		{"unknown flag", "autonomy-node", []string{"--colour"}, run.Usage, "unknown flag: --colour"},
 		{"unknown setting", "autonomy-node", []string{"--config", write("n.yaml", "listen: 127.0.0.1:0\nwal_max_byte: 1GiB\n")}, run.Usage, `n.yaml:2: unknown setting "wal_max_byte": did you mean "wal_max_bytes"?`},
 		{"several faults at once", "autonomy-node", []string{"--durability=maybe", "--node-id=a b", "--poll-interval=0s"}, run.Usage, "--node-id"},
-		{"node beyond loopback", "autonomy-node", []string{"--listen=0.0.0.0:7777", state("a")}, run.Usage, "loopback addresses and Unix sockets only"},
+		{"node beyond loopback", "autonomy-node", []string{"--listen=0.0.0.0:7777", state("a")}, run.Usage, "give --tls-cert and --tls-key"},
+		{"node beyond loopback, callers unknown", "autonomy-node", []string{"--listen=0.0.0.0:7777", "--tls-cert=c", "--tls-key=k", state("a")}, run.Usage, "give --tokens or --tls-client-ca"},
+		{"tokens that cannot be read", "autonomy-node", append([]string{"--tokens", write("t.json", `{"schema":"autonomy.tokens/v0"}x`), state("a")}, small...), run.Usage, "t.json"},
+		{"callers with a slip", "autonomy-node", append([]string{"--callers", write("callers.yaml", "principal: {}\n"), state("a")}, small...), run.Usage, "callers.yaml"},
+		{"damaged record secret", "autonomy-node", append([]string{state("s")}, small...), run.Integrity, "record secret"},
+		{"damaged budgets", "autonomy-node", append([]string{state("budget")}, small...), run.Integrity, "budget"},
 		{"releases without trust", "autonomy-node", []string{"--cp-url=http://127.0.0.1:1", state("a")}, run.Usage, "--cp-url needs --trust"},
 		{"trust that is no keyring", "autonomy-node", append([]string{"--cp-url=http://127.0.0.1:1", "--trust", write("k.json", `{"schema":"x"}`), state("b")}, small...), run.Usage, "k.json"},
 		{"no such policy", "autonomy-node", append([]string{"--policy=/nonexistent.tar.gz", state("c")}, small...), run.Usage, "no such file"},
@@ -62,6 +67,10 @@ func TestRefusesToStart(t *testing.T) {
 			switch tc.name {
 			case "damaged identity":
 				write("d/identity/node.json", `{"node_id":"../x"}`)
+			case "damaged record secret":
+				write("s/identity/digest.key", "abc\n")
+			case "damaged budgets":
+				write("budget/budget.json", `{"day":"tomorrow"}`)
 			case "damaged node key":
 				write("k/identity/node.key", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
 			}

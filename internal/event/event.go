@@ -18,7 +18,6 @@ package event
 
 import (
 	"encoding/json"
-	"fmt"
 	"time"
 )
 
@@ -50,6 +49,10 @@ const (
 	ReleaseActivated     = "release.activated"
 	ReleaseRefused       = "release.refused" // body says which step and code
 
+	CallerLimited  = "caller.limited"  // a caller ran into one of its limits, at most once a minute; body: LimitedBody
+	CallerRefused  = "caller.refused"  // credentials that do not hold were shown, at most once a minute; body: counts since the last one
+	CallersChanged = "callers.changed" // tokens, certificates, revocation list or callers file came into force anew; body: files, problems
+
 	EvaluatorError = "error.evaluator" // policy evaluation failed: the call was denied
 	ExportError    = "error.export"    // delivery is exhausted or was partly rejected
 )
@@ -76,7 +79,24 @@ const (
 // ID is the event_id of a record: a node's log is made once, its sequence
 // numbers are never used twice, so the pair names a record for ever, also when
 // a node is set up anew under its old name.
-func ID(logID string, seq uint64) string { return fmt.Sprintf("%s-%016x", logID, seq) }
+func ID(logID string, seq uint64) string {
+	var b [64]byte
+	return string(AppendID(b[:0], logID, seq))
+}
+
+// IDLen is the length of an ID.
+func IDLen(logID string) int { return len(logID) + 1 + 16 }
+
+// AppendID appends ID(logID, seq).
+func AppendID(b []byte, logID string, seq uint64) []byte {
+	const hexDigits = "0123456789abcdef"
+	b = append(b, logID...)
+	b = append(b, '-')
+	for shift := 60; shift >= 0; shift -= 4 {
+		b = append(b, hexDigits[seq>>shift&15])
+	}
+	return b
+}
 
 // Event is the native JSON shape (contract.md, POST /v1/events).
 type Event struct {
@@ -105,7 +125,8 @@ type Reason struct {
 
 // DecisionBody is the body of a Decision. Input is exactly the bytes that were
 // evaluated: with the bundle named by PolicyDigest they give this decision
-// again (INV-17).
+// again (INV-17). Where Redacted names something it is not: what stood there is
+// replaced, and the decision cannot be computed again from the record.
 type DecisionBody struct {
 	Layer        string          `json:"layer,omitempty"` // who denied: policy, assurance
 	Reasons      []Reason        `json:"reasons,omitempty"`
@@ -113,12 +134,15 @@ type DecisionBody struct {
 	PolicyDigest string          `json:"policy_digest,omitempty"` // sha256: of the bundle file
 	EvalNS       int64           `json:"eval_ns"`                 // nanoseconds in the evaluator
 	CallID       string          `json:"call_id,omitempty"`
-	DryRun       bool            `json:"dry_run,omitempty"`
+	ParamsDigest string          `json:"params_digest,omitempty"` // with CallID: keyed with the node's secret, of kind and params
+	DryRun       bool            `json:"dry_run,omitempty"`       // nothing was executed by this node
+	Redacted     []string        `json:"redacted,omitempty"`      // JSON Pointers into Input
 	Input        json.RawMessage `json:"input"`
 }
 
-// ActionBody is the body of an Action. Response is the answer's output, cut to
-// the tool's output limit.
+// ActionBody is the body of an Action. Output is the tool's, unless it is too
+// long to be kept or the policy redacts: then its digest and length stand in,
+// "sha256:" of a long one, keyed ("hmac-sha256:") of a redacted one.
 type ActionBody struct {
 	Layer      string          `json:"layer,omitempty"` // runtime, when enforcement refused
 	Reasons    []Reason        `json:"reasons,omitempty"`
@@ -126,6 +150,17 @@ type ActionBody struct {
 	ErrorCode  string          `json:"error_code,omitempty"`
 	Error      string          `json:"error,omitempty"`
 	Output     json.RawMessage `json:"output,omitempty"`
+
+	OutputDigest string `json:"output_digest,omitempty"`
+	OutputBytes  int64  `json:"output_bytes,omitempty"`
+}
+
+// LimitedBody is the body of a CallerLimited.
+type LimitedBody struct {
+	CallerType string `json:"caller_type"`
+	CallerID   string `json:"caller_id"`
+	Limit      string `json:"limit"` // rate, concurrent, budget
+	Max        string `json:"max"`   // for people
 }
 
 // LifecycleBody is the body of the release.* events.

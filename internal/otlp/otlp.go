@@ -1,9 +1,10 @@
 // Package otlp encodes OTLP log records straight into a caller's buffer, and
 // reads them back as views.
 //
-// The life of a record: node/call fills a Record, asks Size, reserves that
-// many bytes in the write-ahead log, and Put writes the protobuf LogRecord
-// there, once. From then on those bytes are what is stored, hashed, read and
+// The life of a record: node/call fills a Record, asks SizeWith, reserves that
+// many bytes in the write-ahead log, and PutAround writes the protobuf LogRecord
+// there, once, but for the body, which the caller copies into its place. (Size
+// and Put are the same for a record that has its Body in one piece.) From then on those bytes are what is stored, hashed, read and
 // sent: the exporter only frames them (Framer, AppendExportRequest).
 //
 // Size does not depend on Seq, which the log assigns after it knows the size:
@@ -79,10 +80,15 @@ func sizeAttr(key, val string) int {
 var seqAttrSize = sizeBytes(sizeBytes(len(event.AttrSeq)) + sizeBytes(1+seqVarint))
 
 // Size is how many bytes Put writes.
-func (r *Record) Size() int {
+func (r *Record) Size() int { return r.SizeWith(len(r.Body)) }
+
+// SizeWith is how many bytes PutAround writes and leaves for a body of n bytes.
+func (r *Record) SizeWith(n int) int { return r.rest() + sizeBytes(sizeBytes(n)) }
+
+// rest is the size without the body.
+func (r *Record) rest() int {
 	n := 9 + 9 + seqAttrSize
 	n += 1 + sizeVarint(uint64(r.Severity))
-	n += sizeBytes(sizeBytes(len(r.Body)))
 	n += sizeBytes(len(r.EventType))
 	n += sizeAttr(event.AttrLogID, r.LogID) + sizeAttr(event.AttrClass, r.Class) +
 		sizeAttr(event.AttrAuditID, r.AuditID) + sizeAttr(event.AttrDecision, r.Decision) +
@@ -98,7 +104,12 @@ func (r *Record) Size() int {
 }
 
 // Put encodes r with the given sequence into dst, whose length must be Size.
-func (r *Record) Put(dst []byte, seq uint64) {
+func (r *Record) Put(dst []byte, seq uint64) { copy(r.PutAround(dst, seq, len(r.Body)), r.Body) }
+
+// PutAround encodes all of r but its body into dst, whose length must be
+// SizeWith(body), and returns the part of dst, body bytes long, where the body
+// belongs. The caller fills it. r.Body is not looked at.
+func (r *Record) PutAround(dst []byte, seq uint64, body int) []byte {
 	r.Seq = seq
 	want := len(dst)
 	b := dst[:0]
@@ -109,10 +120,14 @@ func (r *Record) Put(dst []byte, seq uint64) {
 	b = append(b, lrSeverity<<3|0)
 	b = protowire.AppendVarint(b, uint64(r.Severity))
 	b = append(b, lrBody<<3|2)
-	b = protowire.AppendVarint(b, uint64(sizeBytes(len(r.Body))))
+	b = protowire.AppendVarint(b, uint64(sizeBytes(body)))
 	b = append(b, avString<<3|2)
-	b = protowire.AppendVarint(b, uint64(len(r.Body)))
-	b = append(b, r.Body...)
+	b = protowire.AppendVarint(b, uint64(body))
+	if body > want-len(b) {
+		panic(fmt.Sprintf("otlp: a body of %d bytes does not fit into a record of %d: SizeWith was not asked after the last change", body, want))
+	}
+	window := b[len(b) : len(b)+body : len(b)+body]
+	b = b[:len(b)+body]
 	b = append(b, lrEventName<<3|2)
 	b = protowire.AppendVarint(b, uint64(len(r.EventType)))
 	b = append(b, r.EventType...)
@@ -148,6 +163,7 @@ func (r *Record) Put(dst []byte, seq uint64) {
 	if len(b) != want {
 		panic(fmt.Sprintf("otlp: Put wrote %d bytes into a buffer of %d: Size was not asked after the last change", len(b), want))
 	}
+	return window
 }
 
 func appendAttr(b []byte, key, val string) []byte {

@@ -22,7 +22,10 @@ type Daemon struct {
 	EnvPrefix string // AUTONOMY_NODE_
 	Bind      func(*pflag.FlagSet)
 	Validate  func() error
-	Run       func(context.Context, *slog.Logger, io.Writer) error
+	// Loaded, when not nil, is told the configuration file ("" for none) and how
+	// to read all settings anew, into flags that bind defines: for a reload.
+	Loaded func(file string, again func(bind func(*pflag.FlagSet)) error)
+	Run    func(context.Context, *slog.Logger, io.Writer) error
 }
 
 // Main parses args, runs the daemon until SIGTERM or SIGINT, and returns the
@@ -37,7 +40,7 @@ func (d Daemon) Main(args []string, stdout, stderr io.Writer) int {
 	}
 	d.Bind(fs)
 	version := fs.Bool("version", false, "print the version and exit")
-	_, err := conf.Load(fs, args, d.EnvPrefix, os.Getenv, stdout)
+	settings, err := conf.Load(fs, args, d.EnvPrefix, os.Getenv, stdout)
 	switch {
 	case errors.Is(err, pflag.ErrHelp), errors.Is(err, conf.ErrPrinted):
 		return OK
@@ -51,6 +54,17 @@ func (d Daemon) Main(args []string, stdout, stderr io.Writer) int {
 	if err := d.Validate(); err != nil {
 		fmt.Fprintf(stderr, "%s: %v\nSee '%s --help'\n", d.Name, err, d.Name)
 		return Code(err)
+	}
+	if d.Loaded != nil {
+		d.Loaded(settings.File(), func(bind func(*pflag.FlagSet)) error {
+			fs := pflag.NewFlagSet(d.Name, pflag.ContinueOnError)
+			fs.SetOutput(io.Discard)
+			fs.Usage = func() {}
+			bind(fs)
+			fs.Bool("version", false, "")
+			_, err := conf.Load(fs, args, d.EnvPrefix, os.Getenv, io.Discard)
+			return err
+		})
 	}
 	ctx, stop := Signals(context.Background())
 	defer stop()

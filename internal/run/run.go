@@ -12,14 +12,13 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/term"
-
-	"github.com/autonomyops/autonomy/internal/vfs"
 )
 
 // Version is set by the linker: -X github.com/autonomyops/autonomy/internal/run.Version=v1.2.3
@@ -156,11 +155,30 @@ func Ready(stderr io.Writer, readyFile string, addrs ...string) error {
 	}
 	fmt.Fprintf(&b, "pid=%d\n", os.Getpid())
 	if readyFile != "" {
-		if err := vfs.WriteFile(readyFile, []byte(b.String()), 0o644); err != nil {
+		if err := writeReady(readyFile, b.String()); err != nil {
 			return fmt.Errorf("ready file: %w", err)
 		}
 	}
 	Notify("READY=1")
+	return nil
+}
+
+// writeReady puts the ready file in place whole, for who waits for it. Unlike
+// state it need not survive a crash, so nothing is synced: that could take longer
+// than the rest of the start.
+func writeReady(path, text string) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".tmp-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	err = errors.Join(err, f.Chmod(0o644), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
 	return nil
 }
 

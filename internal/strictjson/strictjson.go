@@ -16,7 +16,8 @@
 // json.Unmarshaler accept any keys, but each only once.
 //
 // A *SyntaxError tells the byte offset and the path. Nothing here allocates in
-// proportion to anything but the input. All functions are safe for concurrent
+// proportion to anything but the input; Check and Object allocate nothing for a
+// document without faults, but for what Object's comment names. All functions are safe for concurrent
 // use.
 package strictjson
 
@@ -131,6 +132,54 @@ func check(data []byte, t reflect.Type) error {
 	if err := p.value(t, 0); err != nil {
 		return err
 	}
+	return p.end()
+}
+
+// Object reads data as one strict JSON object in a single pass and calls member
+// for each of its members, in order: the key unescaped, the value as it stands.
+// Both are views of data where that is possible, and hold only as long as data
+// does. What is below a value has been checked when member sees it; what comes
+// after it has not. An error of member ends the reading and is returned.
+//
+// It allocates nothing, except for a key with an escape in it and for an object
+// of more than 16 members.
+func Object(data []byte, member func(key, value []byte) error) error {
+	p := parser{data: data}
+	p.space()
+	if p.pos >= len(data) || data[p.pos] != '{' {
+		if err := p.value(nil, 0); err != nil { // what is no JSON at all is told as such
+			return err
+		}
+		return &SyntaxError{Msg: "want an object"}
+	}
+	if err := p.object(nil, 1, member); err != nil {
+		return err
+	}
+	return p.end()
+}
+
+// Array is Object for an array: elem gets each element.
+func Array(data []byte, elem func(value []byte) error) error {
+	p := parser{data: data}
+	p.space()
+	if p.pos >= len(data) || data[p.pos] != '[' {
+		if err := p.value(nil, 0); err != nil {
+			return err
+		}
+		return &SyntaxError{Msg: "want an array"}
+	}
+	if err := p.array(nil, 1, elem); err != nil {
+		return err
+	}
+	return p.end()
+}
+
+type parser struct {
+	data []byte
+	pos  int
+}
+
+func (p *parser) end() error {
 	p.space()
 	if p.pos < len(p.data) {
 		return p.fail("data after the value")
@@ -138,18 +187,17 @@ func check(data []byte, t reflect.Type) error {
 	return nil
 }
 
-type parser struct {
-	data []byte
-	pos  int
-	path []string
+func (p *parser) fail(format string, args ...any) error {
+	return &SyntaxError{Offset: p.pos, Msg: fmt.Sprintf(format, args...)}
 }
 
-func (p *parser) fail(format string, args ...any) error {
-	var path string
-	if len(p.path) > 0 {
-		path = "/" + strings.Join(p.path, "/")
+// below puts the way to where an error was found before its path. The path is
+// made on the way out, so that a document without a fault does not pay for it.
+func below(err error, step string) error {
+	if e, ok := err.(*SyntaxError); ok { //nolint:errorlint // made here, never wrapped
+		e.Path = "/" + step + e.Path
 	}
-	return &SyntaxError{Offset: p.pos, Path: path, Msg: fmt.Sprintf(format, args...)}
+	return err
 }
 
 func (p *parser) space() {
@@ -192,9 +240,9 @@ func (p *parser) value(t reflect.Type, depth int) error {
 	t = shape(t)
 	switch c := p.data[p.pos]; {
 	case c == '{':
-		return p.object(t, depth+1)
+		return p.object(t, depth+1, nil)
 	case c == '[':
-		return p.array(t, depth+1)
+		return p.array(t, depth+1, nil)
 	case c == '"':
 		_, err := p.str()
 		return err
@@ -212,14 +260,18 @@ func (p *parser) value(t reflect.Type, depth int) error {
 }
 
 func (p *parser) literal(s string) error {
-	if !bytes.HasPrefix(p.data[p.pos:], []byte(s)) {
+	if len(p.data)-p.pos < len(s) || string(p.data[p.pos:p.pos+len(s)]) != s {
 		return p.fail("want %s", s)
 	}
 	p.pos += len(s)
 	return nil
 }
 
-func (p *parser) object(t reflect.Type, depth int) error {
+// fewKeys is how many keys of an object are compared one by one, before a map
+// is made of them.
+const fewKeys = 16
+
+func (p *parser) object(t reflect.Type, depth int, member func(key, value []byte) error) error {
 	if depth > MaxDepth {
 		return p.fail("nested deeper than %d", MaxDepth)
 	}
@@ -239,8 +291,8 @@ func (p *parser) object(t reflect.Type, depth int) error {
 		p.pos++
 		return nil
 	}
-	var few [8]string
-	keys := few[:0]
+	var few [fewKeys][]byte
+	keys := 0
 	var many map[string]struct{}
 	for {
 		p.space()
@@ -248,54 +300,62 @@ func (p *parser) object(t reflect.Type, depth int) error {
 			return p.fail("want a key")
 		}
 		at := p.pos
-		key, err := p.str()
+		key, err := p.key()
 		if err != nil {
 			return err
 		}
 		dup := false
-		if many != nil {
-			_, dup = many[key]
-			many[key] = struct{}{}
-		} else {
-			for _, k := range keys {
-				dup = dup || k == key
+		switch {
+		case many != nil:
+			_, dup = many[string(key)]
+			many[string(key)] = struct{}{}
+		case keys == fewKeys:
+			many = make(map[string]struct{}, 64)
+			for _, k := range few {
+				many[string(k)] = struct{}{}
 			}
-			if keys = append(keys, key); len(keys) > 16 {
-				many = make(map[string]struct{}, 64)
-				for _, k := range keys {
-					many[k] = struct{}{}
-				}
+			_, dup = many[string(key)]
+			many[string(key)] = struct{}{}
+		default:
+			for _, k := range few[:keys] {
+				dup = dup || string(k) == string(key)
 			}
+			few[keys] = key
+			keys++
 		}
 		if dup {
 			p.pos = at
-			return p.fail("duplicate key %q", key)
+			return p.fail("duplicate key %q", string(key))
 		}
 		next := elem
 		if fields != nil {
-			ft, ok := fields[key]
+			ft, ok := fields[string(key)]
 			if !ok {
 				p.pos = at
 				for name := range fields {
-					if strings.EqualFold(name, key) {
-						return p.fail("unknown key %q: keys are case-sensitive, write %q", key, name)
+					if strings.EqualFold(name, string(key)) {
+						return p.fail("unknown key %q: keys are case-sensitive, write %q", string(key), name)
 					}
 				}
-				return p.fail("unknown key %q", key)
+				return p.fail("unknown key %q", string(key))
 			}
 			next = ft
 		}
 		p.space()
 		if p.pos >= len(p.data) || p.data[p.pos] != ':' {
-			return p.fail("want ':' after the key %q", key)
+			return p.fail("want ':' after the key %q", string(key))
 		}
 		p.pos++
 		p.space()
-		p.path = append(p.path, key)
+		from := p.pos
 		if err := p.value(next, depth); err != nil {
-			return err
+			return below(err, string(key))
 		}
-		p.path = p.path[:len(p.path)-1]
+		if member != nil {
+			if err := member(key, p.data[from:p.pos:p.pos]); err != nil {
+				return err
+			}
+		}
 		p.space()
 		if p.pos >= len(p.data) {
 			return p.fail("the document ends inside an object")
@@ -312,7 +372,7 @@ func (p *parser) object(t reflect.Type, depth int) error {
 	}
 }
 
-func (p *parser) array(t reflect.Type, depth int) error {
+func (p *parser) array(t reflect.Type, depth int, each func(value []byte) error) error {
 	if depth > MaxDepth {
 		return p.fail("nested deeper than %d", MaxDepth)
 	}
@@ -328,11 +388,15 @@ func (p *parser) array(t reflect.Type, depth int) error {
 	}
 	for i := 0; ; i++ {
 		p.space()
-		p.path = append(p.path, strconv.Itoa(i))
+		from := p.pos
 		if err := p.value(elem, depth); err != nil {
-			return err
+			return below(err, strconv.Itoa(i))
 		}
-		p.path = p.path[:len(p.path)-1]
+		if each != nil {
+			if err := each(p.data[from:p.pos:p.pos]); err != nil {
+				return err
+			}
+		}
 		p.space()
 		if p.pos >= len(p.data) {
 			return p.fail("the document ends inside an array")
@@ -349,44 +413,63 @@ func (p *parser) array(t reflect.Type, depth int) error {
 	}
 }
 
-// str reads the string at p.pos and returns it unescaped.
-func (p *parser) str() (string, error) {
+// key reads the string at p.pos and returns it unescaped.
+func (p *parser) key() ([]byte, error) {
 	start := p.pos
+	plain, err := p.str()
+	if err != nil {
+		return nil, err
+	}
+	if plain {
+		return p.data[start+1 : p.pos-1 : p.pos-1], nil
+	}
+	s, err := Unquote(p.data[start:p.pos])
+	if err != nil {
+		p.pos = start
+		return nil, p.fail("%s", err)
+	}
+	return []byte(s), nil
+}
+
+// Unquote returns the string that a JSON string literal, checked before, stands
+// for.
+func Unquote(literal []byte) (string, error) {
+	if len(literal) >= 2 && literal[0] == '"' && bytes.IndexByte(literal, '\\') < 0 {
+		return string(literal[1 : len(literal)-1]), nil
+	}
+	var s string
+	err := json.Unmarshal(literal, &s)
+	return s, err
+}
+
+// str passes over the string at p.pos and reports whether it has no escapes.
+func (p *parser) str() (plain bool, err error) {
 	p.pos++
-	simple := true
+	plain = true
 	for p.pos < len(p.data) {
 		switch c := p.data[p.pos]; {
 		case c == '"':
-			raw := p.data[start+1 : p.pos]
 			p.pos++
-			if simple {
-				return string(raw), nil
-			}
-			var s string
-			if err := json.Unmarshal(p.data[start:p.pos], &s); err != nil {
-				p.pos = start
-				return "", p.fail("%s", err)
-			}
-			return s, nil
+			return plain, nil
 		case c == '\\':
-			simple = false
+			plain = false
 			if err := p.escape(); err != nil {
-				return "", err
+				return false, err
 			}
 		case c < 0x20:
-			return "", p.fail("control character in a string: write it escaped")
+			return false, p.fail("control character in a string: write it escaped")
 		case c < utf8.RuneSelf:
 			p.pos++
 		default:
 			r, n := utf8.DecodeRune(p.data[p.pos:])
 			if r == utf8.RuneError && n <= 1 {
-				return "", p.fail("invalid UTF-8")
+				return false, p.fail("invalid UTF-8")
 			}
 			p.pos += n
 		}
 	}
 	p.pos = len(p.data)
-	return "", p.fail("the document ends inside a string")
+	return false, p.fail("the document ends inside a string")
 }
 
 func (p *parser) escape() error {

@@ -3,6 +3,8 @@ package strictjson_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -116,4 +118,51 @@ func FuzzAppendString(f *testing.F) {
 			t.Fatalf("bytes %q, string %q", b, got)
 		}
 	})
+}
+
+func TestObject(t *testing.T) {
+	var got []string
+	err := strictjson.Object([]byte(` {"a":1,"\u0062":{"c":[1,2]} , "d":"x\ny"} `), func(k, v []byte) error {
+		got = append(got, string(k)+"="+string(v))
+		return nil
+	})
+	if want := []string{"a=1", `b={"c":[1,2]}`, `d="x\ny"`}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%q, %v", got, err)
+	}
+	stop := errors.New("stop")
+	if err := strictjson.Object([]byte(`{"a":1,"b":`), func(_, _ []byte) error { return stop }); err != stop {
+		t.Errorf("an error of member: %v", err)
+	}
+	for in, want := range map[string]string{
+		`[]`: "want an object", ``: "ends where a value", `{"a":1}x`: "data after", `{"a":{"b":1,"b":2}}`: `in /a: duplicate key "b"`,
+		`{"a":1,"a":2}`: "duplicate", `{"a":[0,{"x":tru}]}`: "in /a/1/x: want true",
+		`{"params":` + strings.Repeat("[", 64) + strings.Repeat("]", 64) + `}`: "nested deeper",
+	} {
+		if err := strictjson.Object([]byte(in), func(_, _ []byte) error { return nil }); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.40s: %v, want %q", in, err, want)
+		}
+	}
+	n := 0
+	if err := strictjson.Array([]byte(`[1, "x" ,{}]`), func([]byte) error { n++; return nil }); err != nil || n != 3 {
+		t.Errorf("%d elements, %v", n, err)
+	}
+	if err := strictjson.Array([]byte(`{}`), nil); err == nil {
+		t.Error("an object is no array")
+	}
+}
+
+func TestAllocations(t *testing.T) {
+	in := []byte(`{"kind":"tool.echo","params":{"a":[1,2.5,{"b":"c\n","d":null}],"e":true},"session":"s"}`)
+	var size int
+	if n := testing.AllocsPerRun(100, func() {
+		size = 0
+		if err := strictjson.Object(in, func(k, v []byte) error { size += len(k) + len(v); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if err := strictjson.CheckObject(in); err != nil {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("%.0f allocations", n)
+	}
 }

@@ -3,7 +3,9 @@ package call
 import (
 	"encoding/json"
 	"strconv"
+	"time"
 
+	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/strictjson"
 )
@@ -33,7 +35,18 @@ type Answer struct {
 	ErrCode   string
 	ErrMsg    string
 	DryRun    bool
-	Replayed  bool // sent as header Idempotent-Replay: true
+	Verdict   *Verdict // of a Query that was decided and recorded
+	Replayed  bool     // sent as header Idempotent-Replay: true
+
+	RetryAfter time.Duration // sent as header Retry-After in whole seconds; 0: not sent, or the door's default
+}
+
+// Verdict is a policy's decision for a caller that enforces it itself.
+type Verdict struct {
+	Allow       bool
+	Reasons     []event.Reason
+	Constraints constraint.Constraints
+	Redact      []string
 }
 
 func deny(status int, layer, code, reason string) Answer {
@@ -79,6 +92,17 @@ func appendField(b []byte, key, val string) []byte {
 	b = append(b, key...)
 	b = append(b, '"', ':')
 	return strictjson.AppendString(b, val)
+}
+
+func appendStrings(b []byte, list []string) []byte {
+	b = append(b, '[')
+	for i, s := range list {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strictjson.AppendString(b, s)
+	}
+	return append(b, ']')
 }
 
 func appendInt(b []byte, key string, val int64) []byte {

@@ -8,6 +8,12 @@
 // (INV-14; with Batched, before it is in the log's memory), and whatever goes
 // wrong on the way, a panic included, ends in deny (INV-15).
 //
+// The path of a denied call allocates little (TestDenyAllocations says how
+// much) and takes no lock that all calls share outside the log's reservation:
+// the request is decoded once, its params are views of the body, the policy
+// input is built in room that comes with the Request, the record is encoded into
+// the log's own memory, and the counters are atomic.
+//
 // One call leaves one or two records with one audit_id. The audit_id is the
 // event id of the decision record, so it names a place in the log: no index is
 // kept for it.
@@ -17,10 +23,8 @@
 package call
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,9 +33,10 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
@@ -77,6 +82,26 @@ type Options struct {
 	// MaxCallIDs is how many call ids are remembered for idempotent replay,
 	// oldest forgotten first. Default 65536.
 	MaxCallIDs int
+	// ReplayWait is how long a call with a call_id waits for the first one with
+	// it that is still running. Default 30 s.
+	ReplayWait time.Duration
+	// Secret keys the digests in records, so that who reads a log cannot find
+	// out by trial what was redacted. The node's own, 32 bytes, the same at each
+	// start; with another one a call_id of before is answered 409. nil: one of
+	// this process.
+	Secret []byte
+	// CallsFile keeps what Recover would else find out by reading the whole log.
+	// Empty: Recover reads it.
+	CallsFile string
+	// Limits hold each caller to its own. nil: there are none.
+	Limits *auth.Limits
+	// Gate bounds how many calls run and wait.
+	Gate GateOptions
+	// Tracer makes a span of each call. nil: none.
+	Tracer Tracer
+	// Observe is told of each call when it has its answer, on the call's own
+	// goroutine: it must be quick. nil: nobody.
+	Observe func(*Report)
 	// Refuse, when it returns a reason, denies every call: the platform does
 	// not give what the operator demanded. May be nil.
 	Refuse func() string
@@ -87,25 +112,11 @@ type Options struct {
 // Pipeline decides, records and executes.
 type Pipeline struct {
 	o       Options
-	metrics Metrics
+	metrics counters
+	gate    *Gate
 	calls   replays
-	scratch sync.Pool // *scratch
-}
-
-// scratch is what one call writes into before the log has it.
-type scratch struct {
-	input []byte
-	body  []byte
-}
-
-// keptScratch is the largest buffer that goes back to the pool, in bytes: one
-// huge call must not stay in memory for ever.
-const keptScratch = 1 << 20
-
-func (p *Pipeline) release(s *scratch) {
-	if cap(s.input)+cap(s.body) <= keptScratch {
-		p.scratch.Put(s)
-	}
+	labels  []byte // of the node, as JSON
+	audit   patience
 }
 
 // New makes a Pipeline. Recover must be called before the first Do.
@@ -125,11 +136,21 @@ func New(o Options) *Pipeline {
 	if o.Refuse == nil {
 		o.Refuse = func() string { return "" }
 	}
-	p := &Pipeline{o: o, calls: newReplays(o.MaxCallIDs)}
+	if o.ReplayWait == 0 {
+		o.ReplayWait = 30 * time.Second
+	}
+	if o.Secret == nil {
+		o.Secret = make([]byte, 32)
+		_, _ = rand.Read(o.Secret) // never fails
+	}
+	p := &Pipeline{o: o, calls: newReplays(o.MaxCallIDs, o.Secret), gate: newGate(o.Gate), labels: appendLabels(nil, o.Labels)}
+	p.audit.limit = o.AuditTimeout
 	p.metrics.init()
-	p.scratch.New = func() any { return &scratch{} }
 	return p
 }
+
+// Gate is where a door takes a place for a call before it decodes it.
+func (p *Pipeline) Gate() *Gate { return p.gate }
 
 // Mode selects how far a call goes.
 type Mode int
@@ -138,20 +159,34 @@ type Mode int
 const (
 	Execute  Mode = iota // the whole way
 	Evaluate             // decide and record; execute nothing
+	Query                // Evaluate for a caller that enforces the decision itself: the kind need not be a tool of this node
 )
 
 // Do takes one call through the pipeline. It always answers; ctx ends the tool
-// and the wait for the disk, never a record that was begun.
+// and the wait for the disk, never a record that was begun. The Answer may hold
+// views of r's room: it is good until r is freed.
 func (p *Pipeline) Do(ctx context.Context, r *Request, mode Mode) (a Answer) {
-	start := time.Now()
-	p.metrics.InFlight.Add(1)
+	r.report = Report{Request: r, Start: time.Now()}
+	p.metrics.inFlight.Add(1)
+	var span Span
+	if p.o.Tracer != nil {
+		span, r.TraceParent = p.o.Tracer.Start(r, r.report.Start)
+	}
 	defer func() {
 		if v := recover(); v != nil {
 			p.o.Logger.Error("call panicked: denied", "kind", r.Kind, "panic", v, "stack", string(debug.Stack()))
 			a = deny(http.StatusServiceUnavailable, LayerRuntime, "internal", "the node failed inside; its log has the cause")
 		}
-		p.metrics.InFlight.Add(-1)
-		p.metrics.observe(&a, time.Since(start))
+		p.metrics.inFlight.Add(-1)
+		now := time.Now()
+		r.report.Answer, r.report.Total = a, now.Sub(r.report.Start)
+		p.metrics.observe(&r.report, now)
+		if span != nil {
+			span.End(&r.report)
+		}
+		if p.o.Observe != nil {
+			p.o.Observe(&r.report)
+		}
 	}()
 	if r.DryRun {
 		mode = Evaluate
@@ -159,15 +194,22 @@ func (p *Pipeline) Do(ctx context.Context, r *Request, mode Mode) (a Answer) {
 	if why := p.o.Refuse(); why != "" {
 		return deny(http.StatusServiceUnavailable, LayerAssurance, "assurance_refused", why)
 	}
+	share, refused := p.admit(r)
+	if refused != nil {
+		return *refused
+	}
+	defer share.Leave()
 	tools := p.o.Tools()
 	t, ok := tools.Lookup(r.Kind)
-	if !ok {
+	if !ok && mode != Query {
 		return deny(http.StatusBadRequest, LayerRequest, "unknown_tool", unknownTool(r.Kind, tools))
 	}
-	if err := t.Validate(r.Params); err != nil {
-		return deny(http.StatusBadRequest, LayerRequest, "invalid_params", err.Error())
+	if ok {
+		if err := t.Validate(r.Params); err != nil {
+			return deny(http.StatusBadRequest, LayerRequest, "invalid_params", err.Error())
+		}
 	}
-	if r.CallID == "" || mode == Evaluate {
+	if r.CallID == "" || mode != Execute {
 		return p.run(ctx, r, t, tools, mode, nil)
 	}
 	return p.once(ctx, r, t, tools, mode)
@@ -186,42 +228,40 @@ func unknownTool(kind string, tools *tool.Registry) string {
 }
 
 // run is the order of one call. e is nil unless the call has a call_id.
-func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *tool.Registry, mode Mode, e *entry) Answer {
+func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *tool.Registry, mode Mode, e *running) Answer {
 	active := p.o.Policies.Current()
 	if active == nil {
 		return deny(http.StatusServiceUnavailable, LayerPolicy, "no_policy",
 			"no policy is active: publish a release, or start a node that never had one with --policy BUNDLE. GET /v1/status says why")
 	}
 	bundle := active.Program.Bundle()
-	s := p.scratch.Get().(*scratch)
-	defer p.release(s)
 	agent := p.o.Agent()
 	now := p.o.Now()
-	s.input = p.appendInput(s.input[:0], r, agent, now)
+	r.input = p.appendInput(r.input[:0], r, agent, now)
 
 	// Evaluate.
+	d := &r.decision
 	began := time.Now()
-	d, err := active.Eval(ctx, s.input)
-	evalTime := time.Since(began)
-	p.metrics.Eval.Update(evalTime.Seconds())
-	evalErr := err
+	evalErr := active.EvalInto(ctx, d, r.input)
+	r.report.Eval = time.Since(began)
 	switch {
 	case evalErr != nil:
-		d = prepared.Decision{Reasons: []event.Reason{evalReason(evalErr)}}
+		*d = prepared.Decision{Reasons: []event.Reason{evalReason(evalErr)}}
 	case d.Allow && len(d.Approval) > 0:
-		d = prepared.Decision{Reasons: []event.Reason{{Code: "approval_unavailable",
+		*d = prepared.Decision{Reasons: []event.Reason{{Code: "approval_unavailable",
 			Message: "policy asks for a human's approval, and this node has no way to ask: denied"}}}
 	case d.Allow && mode == Execute:
 		if c := t.Unenforceable(d.Constraints); c != "" {
-			d = prepared.Decision{Reasons: []event.Reason{{Code: "constraint_unenforceable",
+			*d = prepared.Decision{Reasons: []event.Reason{{Code: "constraint_unenforceable",
 				Message: fmt.Sprintf("policy limits this call by %s, which this node cannot enforce: denied", c)}}}
 		}
 	case !d.Allow && len(d.Reasons) == 0:
-		d.Reasons = []event.Reason{{Code: "denied", Message: "policy does not allow this call and gives no reason"}}
+		d.Reasons = append(d.Reasons[:0], event.Reason{Code: "denied", Message: "policy does not allow this call and gives no reason"})
 	}
 
 	// Record the decision, durably.
-	a := Answer{PolicyRef: bundle.Ref(), DryRun: r.DryRun}
+	ref := bundle.Ref()
+	a := Answer{PolicyRef: ref, DryRun: r.DryRun}
 	rec := otlp.Record{
 		TimeUnixNano: uint64(now.UnixNano()), Severity: otlp.Info, EventType: event.Decision,
 		LogID: p.o.Log.ID(), Class: wal.ClassDecision.String(), Decision: "allow", Kind: r.Kind,
@@ -231,33 +271,33 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	if !d.Allow {
 		rec.Decision, rec.Severity = "deny", otlp.Warn
 	}
-	s.body = p.appendDecisionBody(s.body[:0], r, s.input, &d, bundle, evalTime, mode)
-	rec.Body = s.body
-	seq, auditID, err := p.record(wal.ClassDecision, &rec, "")
+	shown, hit := redact(r.input, d.Redact)
+	r.body = p.appendDecisionBody(r.body[:0], r, d, ref, bundle.Digest, mode, hit)
+	seq, auditID, err := p.record(wal.ClassDecision, &rec, "", r.body, shown, bodyEnd)
 	if err != nil {
 		return auditFailed(err)
 	}
 	a.AuditID = auditID
-	if e != nil {
-		e.decided(seq)
-	}
+	e.decided(seq)
 	if evalErr != nil {
 		p.evaluatorFailed(auditID, bundle, evalErr)
 	}
 	if !p.o.Batched {
-		waitStart := time.Now()
-		wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.o.AuditTimeout)
-		err := p.o.Log.WaitDurable(wctx, seq)
-		cancel()
-		p.metrics.Durable.Update(time.Since(waitStart).Seconds())
+		began = time.Now()
+		err := p.o.Log.WaitDurable(p.audit.context(began), seq)
+		r.report.Durable = time.Since(began)
 		if err != nil {
 			if d.Allow && mode == Execute {
 				// The log says allow; say also that nothing ran.
-				p.recordAction(&rec, &tool.Result{Outcome: tool.OutcomeDenied, Code: "audit_unavailable",
+				actionSeq, _ := p.recordAction(&rec, &tool.Result{Outcome: tool.OutcomeDenied, Code: codeAudit,
 					Message: "the decision could not be made durable: the tool was not started"}, LayerAudit, 0, false)
+				e.acted(actionSeq)
 			}
 			return auditFailed(err)
 		}
+	}
+	if mode == Query {
+		a.Verdict = &Verdict{Allow: d.Allow, Reasons: d.Reasons, Constraints: d.Constraints, Redact: d.Redact}
 	}
 	if !d.Allow {
 		a.Status, a.Decision, a.Layer = http.StatusForbidden, "deny", LayerPolicy
@@ -265,13 +305,14 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 		return a
 	}
 	a.Decision = "allow"
-	if mode == Evaluate {
+	if mode != Execute {
 		a.Status, a.Reasons = http.StatusOK, d.Reasons
 		return a
 	}
 	if ctx.Err() != nil { // the node stops, or the caller left while we waited
 		res := tool.Result{Outcome: tool.OutcomeKilled, Code: "canceled", Message: "the call was cancelled before the tool started"}
-		p.recordAction(&rec, &res, LayerRuntime, 0, false)
+		actionSeq, _ := p.recordAction(&rec, &res, LayerRuntime, 0, false)
+		e.acted(actionSeq)
 		return finish(a, &res)
 	}
 
@@ -279,17 +320,14 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	began = time.Now()
 	res := tools.Execute(ctx, t, &tool.Request{AuditID: auditID, Kind: r.Kind, Params: r.Params,
 		Timeout: time.Duration(r.TimeoutMS) * time.Millisecond, Constraints: d.Constraints, Traceparent: r.TraceParent})
-	took := time.Since(began)
-	p.metrics.Tool.Update(took.Seconds())
-	actionSeq, err := p.recordAction(&rec, &res, LayerRuntime, took, len(d.Redact) > 0)
-	if e != nil {
-		e.acted(actionSeq)
-	}
+	r.report.Tool = time.Since(began)
+	actionSeq, err := p.recordAction(&rec, &res, LayerRuntime, r.report.Tool, len(d.Redact) > 0)
+	e.acted(actionSeq)
 	if err != nil {
 		// The effect has happened and its record could not be written: the
 		// decision record stands, and the caller must learn what happened.
 		p.o.Logger.Error("action record failed", "audit_id", auditID, "err", err)
-		p.metrics.LostActions.Inc()
+		p.metrics.lostActions.Inc()
 	}
 	return finish(a, &res)
 }
@@ -309,7 +347,7 @@ func finish(a Answer, res *tool.Result) Answer {
 }
 
 func auditFailed(err error) Answer {
-	code, reason := "audit_unavailable", "the decision could not be recorded durably: denied. See the node's log and GET /v1/status"
+	code, reason := codeAudit, "the decision could not be recorded durably: denied. See the node's log and GET /v1/status"
 	switch {
 	case errors.Is(err, wal.ErrCeilingExceeded):
 		code, reason = "log_full", "the node's log is at its ceiling and nothing in it has been delivered yet: denied. Restore the export endpoint, or raise --wal-max-bytes"
@@ -363,11 +401,9 @@ func (p *Pipeline) appendInput(b []byte, r *Request, agent Agent, now time.Time)
 	b = append(b, r.Params...)
 	b = append(b, `,"session":`...)
 	b = strictjson.AppendString(b, r.Session)
-	b = append(b, `,"caller":{"type":`...)
-	b = strictjson.AppendString(b, r.Caller.Type)
-	b = append(b, `,"id":`...)
-	b = strictjson.AppendString(b, r.Caller.ID)
-	b = append(b, `},"agent":{"id":`...)
+	b = append(b, `,"caller":`...)
+	b = appendCaller(b, &r.Caller)
+	b = append(b, `,"agent":{"id":`...)
 	b = strictjson.AppendString(b, agent.ID)
 	b = append(b, `,"release":`...)
 	b = strictjson.AppendString(b, agent.ReleaseID)
@@ -375,29 +411,35 @@ func (p *Pipeline) appendInput(b []byte, r *Request, agent Agent, now time.Time)
 	b = strictjson.AppendString(b, agent.Fingerprint)
 	b = append(b, `},"node":{"id":`...)
 	b = strictjson.AppendString(b, p.o.NodeID)
-	b = append(b, `,"labels":{`...)
-	first := true
-	for _, k := range sortedKeys(p.o.Labels) {
-		if !first {
-			b = append(b, ',')
-		}
-		first = false
-		b = strictjson.AppendString(b, k)
-		b = append(b, ':')
-		b = strictjson.AppendString(b, p.o.Labels[k])
-	}
-	b = append(b, `},"assurance":`...)
+	b = append(b, `,"labels":`...)
+	b = append(b, p.labels...)
+	b = append(b, `,"assurance":`...)
 	b = strictjson.AppendString(b, p.o.Assurance())
 	b = append(b, `},"time_ns":`...)
 	b = strconv.AppendInt(b, now.UnixNano(), 10)
 	return append(b, '}')
 }
 
-func (p *Pipeline) appendDecisionBody(b []byte, r *Request, input []byte, d *prepared.Decision, bundle *prepared.Bundle, evalTime time.Duration, mode Mode) []byte {
+func appendLabels(b []byte, labels map[string]string) []byte {
+	b = append(b, '{')
+	for i, k := range sortedKeys(labels) {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strictjson.AppendString(b, k)
+		b = append(b, ':')
+		b = strictjson.AppendString(b, labels[k])
+	}
+	return append(b, '}')
+}
+
+// appendDecisionBody builds the body up to the input, which follows it in the
+// log, and then bodyEnd.
+func (p *Pipeline) appendDecisionBody(b []byte, r *Request, d *prepared.Decision, ref, digest string, mode Mode, hit []string) []byte {
 	b = append(b, `{"policy_ref":`...)
-	b = strictjson.AppendString(b, bundle.Ref())
-	b = appendField(b, "policy_digest", bundle.Digest)
-	b = appendInt(b, "eval_ns", evalTime.Nanoseconds())
+	b = strictjson.AppendString(b, ref)
+	b = appendField(b, "policy_digest", digest)
+	b = appendInt(b, "eval_ns", r.report.Eval.Nanoseconds())
 	if !d.Allow {
 		b = appendField(b, "layer", LayerPolicy)
 	}
@@ -405,42 +447,83 @@ func (p *Pipeline) appendDecisionBody(b []byte, r *Request, input []byte, d *pre
 		b = append(b, `,"reasons":`...)
 		b = appendReasons(b, d.Reasons)
 	}
-	if mode == Evaluate {
+	if mode != Execute {
 		b = append(b, `,"dry_run":true`...)
 	}
 	if r.CallID != "" {
 		b = appendField(b, "call_id", r.CallID)
-		b = appendField(b, "params_digest", paramsDigest(r))
+		b = appendField(b, "params_digest", p.calls.paramsDigest(r))
 	}
-	b = append(b, `,"input":`...)
-	b = append(b, redact(input, d.Redact)...)
-	return append(b, '}')
+	if len(hit) > 0 {
+		b = append(b, `,"redacted":`...)
+		b = appendStrings(b, hit)
+	}
+	return append(b, `,"input":`...)
 }
 
-// record writes rec and returns its sequence and the audit id, which for a
-// decision (auditID empty) is derived from the sequence.
-func (p *Pipeline) record(c wal.Class, rec *otlp.Record, auditID string) (uint64, string, error) {
+var bodyEnd = []byte("}")
+
+// idRoom stands for an audit id whose text is not known yet, of any length.
+const idRoom = "0000000000000000000000000000000000000000000000000000000000000000"
+
+// record writes rec with the body that the parts make together, and returns its
+// sequence and the audit id, which for a decision (auditID empty) is derived
+// from the sequence. Between Reserve and Commit the whole log waits: there is
+// nothing but copying in between.
+func (p *Pipeline) record(c wal.Class, rec *otlp.Record, auditID string, parts ...[]byte) (uint64, string, error) {
 	rec.AuditID = auditID
 	if auditID == "" {
-		rec.AuditID = event.ID(rec.LogID, 0) // of the final length
+		rec.AuditID = idRoom[:event.IDLen(rec.LogID)]
 	}
-	res, err := p.o.Log.Reserve(c, rec.Size())
+	size := 0
+	for _, part := range parts {
+		size += len(part)
+	}
+	res, err := p.o.Log.Reserve(c, rec.SizeWith(size))
 	if err != nil {
 		return 0, "", err
 	}
 	done := false
 	defer func() {
-		if !done { // Put panicked: leave no hole behind
+		if !done { // writing panicked: leave no hole behind
 			res.Abort()
 		}
 	}()
 	if auditID == "" {
 		rec.AuditID = event.ID(rec.LogID, res.Seq)
 	}
-	rec.Put(res.Buf, res.Seq)
+	body := rec.PutAround(res.Buf, res.Seq, size)
+	for _, part := range parts {
+		body = body[copy(body, part):]
+	}
 	res.Commit()
 	done = true
 	return res.Seq, rec.AuditID, nil
+}
+
+// patience hands out the context that bounds waiting for the disk. One is shared
+// by the calls of a while: it ends between one and one and a quarter times the
+// limit after it was asked for. A context and a timer for each call would be a
+// third of what a denied call allocates.
+type patience struct {
+	limit   time.Duration
+	current atomic.Pointer[shared]
+}
+
+type shared struct {
+	ctx   context.Context
+	until time.Time // good to be handed out
+}
+
+func (p *patience) context(now time.Time) context.Context {
+	if s := p.current.Load(); s != nil && now.Before(s.until) {
+		return s.ctx
+	}
+	quarter := p.limit / 4
+	ctx, cancel := context.WithTimeout(context.Background(), p.limit+quarter)
+	context.AfterFunc(ctx, cancel) // nobody ends it early
+	p.current.Store(&shared{ctx, now.Add(quarter)})
+	return ctx
 }
 
 // recordAction writes the action that belongs to the decision dec. It does not
@@ -454,9 +537,7 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 	if res.Outcome != tool.OutcomeOK {
 		rec.Severity = otlp.Warn
 	}
-	s := p.scratch.Get().(*scratch)
-	defer p.release(s)
-	b := append(s.body[:0], `{"duration_ns":`...)
+	b := append(make([]byte, 0, 256), `{"duration_ns":`...)
 	b = strconv.AppendInt(b, took.Nanoseconds(), 10)
 	if res.Outcome == tool.OutcomeDenied {
 		rec.Decision = "deny"
@@ -467,19 +548,17 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 		b = appendField(b, "error_code", res.Code)
 		b = appendField(b, "error", res.Message)
 	}
+	var output []byte
 	switch {
 	case len(res.Output) == 0:
 	case secret || len(res.Output) > p.o.MaxRecordOutput:
-		sum := sha256.Sum256(res.Output)
-		b = appendField(b, "output_digest", "sha256:"+hex.EncodeToString(sum[:]))
+		b = appendField(b, "output_digest", p.outputDigest(res.Output, secret))
 		b = appendInt(b, "output_bytes", int64(len(res.Output)))
 	default:
 		b = append(b, `,"output":`...)
-		b = append(b, res.Output...)
+		output = res.Output
 	}
-	s.body = append(b, '}')
-	rec.Body = s.body
-	seq, _, err := p.record(wal.ClassAction, &rec, dec.AuditID)
+	seq, _, err := p.record(wal.ClassAction, &rec, dec.AuditID, b, output, bodyEnd)
 	return seq, err
 }
 
@@ -504,55 +583,4 @@ func (p *Pipeline) Note(c wal.Class, eventType string, body any) (uint64, error)
 	rec.Put(res.Buf, res.Seq)
 	res.Commit()
 	return res.Seq, nil
-}
-
-// redact replaces what the JSON Pointers name by "[redacted]". The input is an
-// object that the strict decoder accepted. A pointer that names nothing is
-// passed over.
-func redact(input []byte, pointers []string) []byte {
-	if len(pointers) == 0 {
-		return input
-	}
-	dec := json.NewDecoder(bytes.NewReader(input))
-	dec.UseNumber()
-	var doc any
-	if err := dec.Decode(&doc); err != nil {
-		return []byte(`{"redacted":true}`)
-	}
-	for _, ptr := range pointers {
-		blank(doc, strings.Split(strings.TrimPrefix(ptr, "/"), "/"))
-	}
-	out, err := json.Marshal(doc)
-	if err != nil {
-		return []byte(`{"redacted":true}`)
-	}
-	return out
-}
-
-var unescapePointer = strings.NewReplacer("~1", "/", "~0", "~")
-
-func blank(doc any, path []string) {
-	key := unescapePointer.Replace(path[0])
-	switch v := doc.(type) {
-	case map[string]any:
-		next, ok := v[key]
-		if !ok {
-			return
-		}
-		if len(path) == 1 {
-			v[key] = "[redacted]"
-			return
-		}
-		blank(next, path[1:])
-	case []any:
-		i, err := strconv.Atoi(key)
-		if err != nil || i < 0 || i >= len(v) {
-			return
-		}
-		if len(path) == 1 {
-			v[i] = "[redacted]"
-			return
-		}
-		blank(v[i], path[1:])
-	}
 }

@@ -122,7 +122,8 @@ func (r *rig) open() (unknown int) {
 	o := call.Options{
 		Log: r.log, Policies: &r.policy, Tools: func() *tool.Registry { return r.tools }, Logger: slog.New(slog.NewTextHandler(r.logs, nil)),
 		NodeID: "n-1", Labels: map[string]string{"zone": "a"}, Assurance: func() string { return "reduced" },
-		Agent: func() call.Agent { return call.Agent{ID: "agent", ReleaseID: "r-1", Fingerprint: "blake3:00"} },
+		Agent:  func() call.Agent { return call.Agent{ID: "agent", ReleaseID: "r-1", Fingerprint: "blake3:00"} },
+		Secret: []byte("the same at each start"),
 	}
 	if r.opts != nil {
 		r.opts(&o)
@@ -543,5 +544,54 @@ func TestRecoverAfterRepair(t *testing.T) {
 	recs, err := r.p.Find(t.Context(), first.AuditID, call.Caller{Type: "anonymous", ID: "loopback"})
 	if err != nil || len(recs) != 2 || recs[1].Seq != last+1 || !strings.Contains(string(recs[1].Body), "outcome_unknown") {
 		t.Fatalf("%+v, %v", recs, err)
+	}
+}
+
+// tracer gives every call the same span, and keeps what it was told at its end.
+type tracer struct{ ended []call.Report }
+
+const spanParent = "00-4bf92f3577b34da6a3ce929d0e0e4736-1111111111111111-01"
+
+func (tr *tracer) Start(r *call.Request, _ time.Time) (call.Span, string) {
+	if r.TraceParent != "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01" {
+		panic("the caller's trace context is not there: " + r.TraceParent)
+	}
+	return tr, spanParent
+}
+
+func (tr *tracer) End(r *call.Report) { tr.ended = append(tr.ended, *r) }
+
+// TestTraced: the records and the tool carry the span of the call; who observes
+// is told of the call with its answer and its times.
+func TestTraced(t *testing.T) {
+	var got string
+	web := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r.Header.Get("traceparent") }))
+	defer web.Close()
+	tr := &tracer{}
+	var seen []call.Report
+	r := newRig(t, policy, func(o *call.Options) {
+		o.Tracer = tr
+		o.Observe = func(r *call.Report) { seen = append(seen, *r) }
+	})
+	req := call.NewRequest()
+	defer req.Free()
+	req.Kind, req.Params = "tool.http_get", fmt.Appendf(nil, `{"endpoint":%q}`, web.URL)
+	req.TraceParent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+	a := r.p.Do(t.Context(), req, call.Execute)
+	if a.Status != 200 || a.Outcome != "ok" {
+		t.Fatalf("%+v", a)
+	}
+	if got != spanParent {
+		t.Errorf("the tool was given %q", got)
+	}
+	for _, rec := range r.wantRecords("decision allow", "action allow ok") {
+		if fmt.Sprintf("%x", rec.SpanID) != "1111111111111111" {
+			t.Errorf("%s carries span %x", rec.EventType, rec.SpanID)
+		}
+	}
+	for _, list := range [][]call.Report{tr.ended, seen} {
+		if len(list) != 1 || list[0].Answer.AuditID != a.AuditID || list[0].Eval <= 0 || list[0].Durable <= 0 || list[0].Tool <= 0 || list[0].Total < list[0].Tool {
+			t.Errorf("told of %+v", list)
+		}
 	}
 }

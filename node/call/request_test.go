@@ -72,7 +72,8 @@ func TestParseTraceParent(t *testing.T) {
 		strings.Replace(good, "4", "g", 1): false,
 		"00-00000000000000000000000000000000-00f067aa0ba902b7-01": false,
 		"00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01": false,
-		good[:54]: false,
+		good[:54]:        false,
+		good[:53] + "0g": false,
 	} {
 		id, span, ok := call.ParseTraceParent(in)
 		if ok != want {

@@ -122,6 +122,8 @@ type Options struct {
 	// gRPC beyond this machine, none for gRPC on loopback. An endpoint that
 	// refuses it (415, Unimplemented) is sent to without, until the next start.
 	Compression string
+	// TLS is for https and grpcs; nil: the system's roots, no client certificate.
+	TLS *tls.Config
 	// StateFile keeps attempts and backoff across restarts. Empty: they are not
 	// kept, which is for tests and one-off tools.
 	StateFile string
@@ -240,13 +242,18 @@ func New(o Options) (*Exporter, error) {
 	if !isGRPC {
 		tr := http.DefaultTransport.(*http.Transport).Clone()
 		tr.Proxy = nil
+		tr.TLSClientConfig = o.TLS.Clone()
 		e.sender = &httpSender{url: u.String(), compress: compress, client: &http.Client{Transport: tr,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
 		return e, nil
 	}
 	creds := insecure.NewCredentials()
 	if u.Scheme == "grpcs" {
-		creds = credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13})
+		conf := &tls.Config{MinVersion: tls.VersionTLS13}
+		if o.TLS != nil {
+			conf = o.TLS.Clone()
+		}
+		creds = credentials.NewTLS(conf)
 	}
 	conn, err := grpc.NewClient("passthrough:///"+u.Host, grpc.WithTransportCredentials(creds),
 		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(frameCodec{}), grpc.MaxCallRecvMsgSize(maxResponse)))

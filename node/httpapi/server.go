@@ -16,13 +16,15 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/valyala/fasthttp"
-	"golang.org/x/sys/unix"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/tool"
@@ -34,13 +36,23 @@ type Options struct {
 	Tools    func() *tool.Registry
 	Status   func() any      // body of GET /v1/status, JSON-able
 	Ready    func() []string // what is not ready; empty: ready
-	Metrics  func(io.Writer) // Prometheus text
-	Logger   *slog.Logger
+	// Metrics writes the node's metrics, as OpenMetrics or as Prometheus text,
+	// and returns the content type.
+	Metrics func(w io.Writer, openMetrics bool) string
+	Logger  *slog.Logger
+	// Auth tells who calls. nil: only peers of Unix sockets do.
+	Auth *auth.Authenticator
+	// AllowedHosts are names that a Host header may have beside a listener's own
+	// address, without a port.
+	AllowedHosts []string
+	// Refused is told of each credential that does not hold: token, certificate.
+	// May be nil.
+	Refused func(what string)
 
 	MaxBodyBytes   int           // request body; default 256 KiB → 413
 	MaxHeaderBytes int           // request line and headers; default 8 KiB → 431
-	MaxInFlight    int           // calls at one time; default 1024 → 429
-	MaxConns       int           // open connections; default 16384
+	MaxBodyMemory  int64         // of all bodies that are being read or wait, in bytes; default 64 MiB → 429
+	MaxConns       int           // open connections; default 4096 → 503
 	ReadTimeout    time.Duration // a whole request; default 10 s
 	IdleTimeout    time.Duration // between requests; default 60 s
 	WriteTimeout   time.Duration // default 30 s
@@ -50,8 +62,8 @@ type Options struct {
 const (
 	DefaultMaxBodyBytes   = 256 << 10
 	DefaultMaxHeaderBytes = 8 << 10
-	DefaultMaxInFlight    = 1024
-	DefaultMaxConns       = 16384
+	DefaultMaxBodyMemory  = 64 << 20
+	DefaultMaxConns       = 4096
 	DefaultReadTimeout    = 10 * time.Second
 	DefaultIdleTimeout    = 60 * time.Second
 	DefaultWriteTimeout   = 30 * time.Second
@@ -59,9 +71,12 @@ const (
 
 // Server serves the node's API on any number of listeners.
 type Server struct {
-	o     Options
-	http  fasthttp.Server
-	slots chan struct{} // one token per call in flight
+	o      Options
+	http   fasthttp.Server
+	gate   *call.Gate
+	bodies bodies
+
+	serving atomic.Int32 // listeners
 
 	ctx    context.Context // ends the calls that outlast Shutdown
 	cancel context.CancelFunc
@@ -72,9 +87,12 @@ type Server struct {
 func New(o Options) *Server {
 	o.MaxBodyBytes = def(o.MaxBodyBytes, DefaultMaxBodyBytes)
 	o.MaxHeaderBytes = def(o.MaxHeaderBytes, DefaultMaxHeaderBytes)
-	o.MaxInFlight = def(o.MaxInFlight, DefaultMaxInFlight)
+	o.MaxBodyMemory = def(o.MaxBodyMemory, DefaultMaxBodyMemory)
 	o.MaxConns = def(o.MaxConns, DefaultMaxConns)
-	s := &Server{o: o, slots: make(chan struct{}, o.MaxInFlight)}
+	if o.Auth == nil {
+		o.Auth, _ = auth.Open(auth.Options{Logger: o.Logger}) // without files nothing can fail, and over TCP nobody gets in
+	}
+	s := &Server{o: o, gate: o.Pipeline.Gate(), bodies: bodies{max: o.MaxBodyMemory}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.bufs.New = func() any { b := make([]byte, 0, 4096); return &b }
 	s.http = fasthttp.Server{
@@ -84,8 +102,9 @@ func New(o Options) *Server {
 		Handler:                      s.serve,
 		ErrorHandler:                 s.badRequest,
 		MaxRequestBodySize:           o.MaxBodyBytes,
+		StreamRequestBody:            true, // a body takes memory as it arrives, not as it announces itself: see read
 		ReadBufferSize:               o.MaxHeaderBytes,
-		Concurrency:                  o.MaxConns,
+		Concurrency:                  o.MaxConns + spareConns,
 		ReadTimeout:                  def(o.ReadTimeout, DefaultReadTimeout),
 		IdleTimeout:                  def(o.IdleTimeout, DefaultIdleTimeout),
 		WriteTimeout:                 def(o.WriteTimeout, DefaultWriteTimeout),
@@ -96,12 +115,16 @@ func New(o Options) *Server {
 	return s
 }
 
-func def[T int | time.Duration](v, d T) T {
+func def[T int | int64 | time.Duration](v, d T) T {
 	if v == 0 {
 		return d
 	}
 	return v
 }
+
+// spareConns are connections over the limit that are still told why they are
+// refused; beyond them the server's own words have to do.
+const spareConns = 64
 
 // discard drops fasthttp's own log lines: they are about single connections,
 // and hold what a client sent.
@@ -111,13 +134,18 @@ func (discard) Printf(string, ...any) {}
 
 // Serve serves ln until Shutdown.
 func (s *Server) Serve(ln net.Listener) error {
-	if _, ok := ln.(*net.UnixListener); ok {
-		ln = peerListener{ln}
-	}
-	if err := s.http.Serve(ln); err != nil {
+	s.serving.Add(1)
+	defer s.serving.Add(-1)
+	if err := s.http.Serve(steady{s.o.Auth.Listener(ln), s.o.Logger}); err != nil {
 		return fmt.Errorf("serve %s: %w", run.Addr(ln), err)
 	}
 	return nil
+}
+
+// connections is how many are open. The server counts one too many for each
+// listener but the first.
+func (s *Server) connections() int {
+	return int(s.http.GetOpenConnectionsCount()) - max(0, int(s.serving.Load())-1)
 }
 
 // Shutdown stops accepting and waits for running calls until ctx ends; what
@@ -129,112 +157,32 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		// Cancelled calls end at once; give them the time to record it.
 		again, stop := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer stop()
-		for len(s.slots) > 0 && again.Err() == nil {
+		for s.gate.Running() > 0 && again.Err() == nil {
 			time.Sleep(5 * time.Millisecond)
 		}
 	}
 	return err
 }
 
-// peerConn is a Unix connection with its caller, read once when it was accepted.
-type peerConn struct {
-	net.Conn
-	caller call.Caller
-}
-
-type peerListener struct{ net.Listener }
-
-func (l peerListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		uc, ok := c.(*net.UnixConn)
-		if !ok {
-			return c, nil
-		}
-		raw, err := uc.SyscallConn()
-		if err != nil {
-			c.Close()
-			continue
-		}
-		var cred *unix.Ucred
-		var credErr error
-		if err := raw.Control(func(fd uintptr) {
-			cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		}); err != nil || credErr != nil {
-			c.Close() // who cannot be named is not served
-			continue
-		}
-		return peerConn{c, call.Caller{Type: "unix", ID: fmt.Sprintf("uid:%d", cred.Uid)}}, nil
-	}
-}
-
-// anonymous is who calls on loopback without a credential; policy sees that.
-var anonymous = call.Caller{Type: "anonymous", ID: "loopback"}
-
-// authenticate establishes who calls. A credential that this node cannot check
-// is refused, never taken for anonymous.
-func authenticate(ctx *fasthttp.RequestCtx) (call.Caller, bool) {
-	if len(ctx.Request.Header.Peek(fasthttp.HeaderAuthorization)) > 0 {
-		return call.Caller{}, false
-	}
-	if pc, ok := ctx.Conn().(peerConn); ok {
-		return pc.caller, true
-	}
-	return anonymous, true
-}
-
-// foreign reports why a request comes from where it should not, "" when it
-// does not: Host must name this machine (DNS rebinding), Origin must be absent
-// or this server (a page in a browser).
-func foreign(ctx *fasthttp.RequestCtx) string {
-	if _, ok := ctx.Conn().(peerConn); ok {
-		if len(ctx.Request.Header.Peek(fasthttp.HeaderOrigin)) > 0 {
-			return "requests from a browser are not served here"
-		}
-		return ""
-	}
-	host := string(ctx.Request.Header.Host())
-	if !ownHost(host, ctx.LocalAddr()) {
-		return "the Host header does not name this listener: use the address that the node prints at start"
-	}
-	if o := ctx.Request.Header.Peek(fasthttp.HeaderOrigin); len(o) > 0 && string(o) != "http://"+host {
-		return "requests from another origin are not served here"
-	}
-	return ""
-}
-
-func ownHost(host string, local net.Addr) bool {
-	name, port, err := net.SplitHostPort(host)
-	if err != nil {
-		name, port = strings.Trim(host, "[]"), "80"
-	}
-	addr, ok := local.(*net.TCPAddr)
-	if !ok || port != fmt.Sprint(addr.Port) {
-		return false
-	}
-	if name == "localhost" {
-		return addr.IP.IsLoopback()
-	}
-	ip := net.ParseIP(name)
-	return ip != nil && ip.Equal(addr.IP)
-}
+// Headers of every answer, in the form in which they are sent.
+var (
+	headerNoSniff, valueNoSniff = []byte("X-Content-Type-Options"), []byte("nosniff")
+	headerCache, valueNoStore   = []byte("Cache-Control"), []byte("no-store")
+	contentJSON                 = []byte("application/json")
+)
 
 // routes are method and path; nothing else is served.
 func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	h := &ctx.Response.Header
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Cache-Control", "no-store")
-	if why := foreign(ctx); why != "" {
-		s.deny(ctx, fasthttp.StatusForbidden, "forbidden_origin", why)
+	h.SetCanonical(headerNoSniff, valueNoSniff)
+	h.SetCanonical(headerCache, valueNoStore)
+	if ctx.ConnRequestNum() == 1 && s.connections() > s.o.MaxConns {
+		ctx.SetConnectionClose()
+		s.deny(ctx, fasthttp.StatusServiceUnavailable, "too_many_connections", fmt.Sprintf("%d connections are open, which is this node's limit: use those you have, or try again", s.o.MaxConns))
 		return
 	}
-	caller, ok := authenticate(ctx)
+	caller, ok := s.identify(ctx)
 	if !ok {
-		h.Set("WWW-Authenticate", "Bearer")
-		s.deny(ctx, fasthttp.StatusUnauthorized, "unauthenticated", "this node checks no bearer tokens: leave the Authorization header out, or call on its Unix socket")
 		return
 	}
 	path := string(ctx.Path())
@@ -245,9 +193,12 @@ func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 	if path == "/v1/tool" {
 		method = fasthttp.MethodPost
 	}
+	if handler == nil {
+		method, handler = s.queries(path)
+	}
 	switch {
 	case handler == nil:
-		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /healthz, /readyz and /metrics")
+		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /v1/data/autonomy/{rule}, /access/v1/evaluation, /access/v1/evaluations, /healthz, /readyz and /metrics")
 	case string(ctx.Method()) != method:
 		h.Set("Allow", method)
 		s.deny(ctx, fasthttp.StatusMethodNotAllowed, "method_not_allowed", "use "+method)
@@ -278,33 +229,58 @@ func (s *Server) routes(path string) func(*fasthttp.RequestCtx, call.Caller) {
 
 // tool serves POST /v1/tool.
 func (s *Server) tool(ctx *fasthttp.RequestCtx, caller call.Caller) {
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	default:
-		ctx.Response.Header.Set("Retry-After", "1")
-		s.deny(ctx, fasthttp.StatusTooManyRequests, "overloaded", fmt.Sprintf("%d calls are running, which is this node's limit: try again", s.o.MaxInFlight))
+	if ct := ctx.Request.Header.ContentType(); len(ct) > 0 && !isJSON(ct) {
+		s.deny(ctx, fasthttp.StatusUnsupportedMediaType, "unsupported_media_type", "send Content-Type: application/json")
 		return
-	}
-	if ct := ctx.Request.Header.ContentType(); len(ct) > 0 {
-		media, _, _ := bytes.Cut(ct, []byte(";"))
-		if !bytes.EqualFold(bytes.TrimSpace(media), []byte("application/json")) {
-			s.deny(ctx, fasthttp.StatusUnsupportedMediaType, "unsupported_media_type", "send Content-Type: application/json")
-			return
-		}
 	}
 	if len(ctx.Request.Header.ContentEncoding()) > 0 {
 		s.deny(ctx, fasthttp.StatusUnsupportedMediaType, "unsupported_encoding", "send the body without Content-Encoding")
 		return
 	}
-	req := call.Request{Caller: caller, TraceParent: string(ctx.Request.Header.Peek("traceparent"))}
-	if err := call.Decode(ctx.Request.Body(), &req); err != nil {
+	body, ok := s.read(ctx)
+	if !ok {
+		return
+	}
+	defer s.bodies.put(body)
+	if !s.enter(ctx, caller) {
+		return
+	}
+	defer s.gate.Leave()
+	req := call.NewRequest()
+	defer req.Free()
+	if tp := ctx.Request.Header.Peek("traceparent"); len(tp) > 0 {
+		req.TraceParent = string(tp)
+	}
+	if err := call.Decode(body.b, req); err != nil {
 		s.deny(ctx, fasthttp.StatusBadRequest, "malformed", err.Error())
 		return
 	}
 	req.Caller = caller
-	a := s.o.Pipeline.Do(s.ctx, &req, call.Execute)
+	a := s.o.Pipeline.Do(s.ctx, req, call.Execute)
 	s.answer(ctx, &a)
+}
+
+func isJSON(contentType []byte) bool {
+	if string(contentType) == "application/json" {
+		return true
+	}
+	media, _, _ := bytes.Cut(contentType, []byte(";"))
+	return bytes.EqualFold(bytes.TrimSpace(media), []byte("application/json"))
+}
+
+// enter takes a place for a call of caller, or answers 429: the node is at its
+// limit. What is refused here was not decoded.
+func (s *Server) enter(ctx *fasthttp.RequestCtx, caller call.Caller) bool {
+	err := s.gate.Enter(s.ctx, caller)
+	switch {
+	case err == nil:
+		return true
+	case s.ctx.Err() != nil:
+		s.deny(ctx, fasthttp.StatusServiceUnavailable, "shutting_down", "the node is stopping: denied")
+	default:
+		s.deny(ctx, fasthttp.StatusTooManyRequests, "overloaded", err.Error()+": this node is at its limit, try again")
+	}
+	return false
 }
 
 func (s *Server) answer(ctx *fasthttp.RequestCtx, a *call.Answer) {
@@ -312,16 +288,21 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, a *call.Answer) {
 		ctx.Response.Header.Set("Idempotent-Replay", "true")
 	}
 	if a.Status == fasthttp.StatusServiceUnavailable || a.Status == fasthttp.StatusTooManyRequests {
-		ctx.Response.Header.Set("Retry-After", "1")
+		ctx.Response.Header.Set("Retry-After", retryAfter(a.RetryAfter))
 	}
 	buf := s.bufs.Get().(*[]byte)
 	*buf = a.AppendJSON((*buf)[:0])
 	ctx.SetStatusCode(a.Status)
-	ctx.SetContentType("application/json")
+	ctx.SetContentTypeBytes(contentJSON)
 	ctx.Response.SetBody(*buf) // copies
 	if cap(*buf) <= 64<<10 {
 		s.bufs.Put(buf)
 	}
+}
+
+// retryAfter is d in whole seconds, at least 1.
+func retryAfter(d time.Duration) string {
+	return strconv.FormatInt(max(1, int64((d+time.Second-1)/time.Second)), 10)
 }
 
 // toolInfo is one entry of GET /v1/tools.
@@ -368,8 +349,11 @@ type health struct {
 	NotReady []string `json:"not_ready,omitempty"`
 }
 
-func (s *Server) ready(ctx *fasthttp.RequestCtx, _ call.Caller) {
+func (s *Server) ready(ctx *fasthttp.RequestCtx, caller call.Caller) {
 	if missing := s.o.Ready(); len(missing) > 0 {
+		if caller.Type == "" {
+			missing = nil // what is wrong inside is not for everybody
+		}
 		s.json(ctx, fasthttp.StatusServiceUnavailable, health{"not ready", missing})
 		return
 	}
@@ -377,8 +361,8 @@ func (s *Server) ready(ctx *fasthttp.RequestCtx, _ call.Caller) {
 }
 
 func (s *Server) metrics(ctx *fasthttp.RequestCtx, _ call.Caller) {
-	ctx.SetContentType("text/plain; version=0.0.4; charset=utf-8")
-	s.o.Metrics(ctx)
+	open := bytes.Contains(ctx.Request.Header.Peek("Accept"), []byte("application/openmetrics-text"))
+	ctx.SetContentType(s.o.Metrics(ctx, open))
 }
 
 func (s *Server) json(ctx *fasthttp.RequestCtx, status int, v any) {
@@ -395,6 +379,9 @@ func (s *Server) json(ctx *fasthttp.RequestCtx, status int, v any) {
 
 // deny answers a request that never became a call.
 func (s *Server) deny(ctx *fasthttp.RequestCtx, status int, code, reason string) {
+	if s.refuse(ctx, &queryFault{status: status, code: code, msg: reason}) {
+		return
+	}
 	a := call.Answer{Status: status, Decision: "deny", Layer: call.LayerRequest, Code: code, Reason: reason}
 	s.answer(ctx, &a)
 }
@@ -408,28 +395,11 @@ func (s *Server) badRequest(ctx *fasthttp.RequestCtx, err error) {
 	case errors.As(err, &small):
 		s.deny(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, "headers_too_large", fmt.Sprintf("request line and headers are over %d bytes", s.o.MaxHeaderBytes))
 	case errors.Is(err, fasthttp.ErrBodyTooLarge):
-		drain(ctx)
-		s.deny(ctx, fasthttp.StatusRequestEntityTooLarge, "body_too_large", fmt.Sprintf("the body is over %d bytes", s.o.MaxBodyBytes))
+		s.tooLarge(ctx)
 	case errors.As(err, &netErr) && netErr.Timeout():
 		s.deny(ctx, fasthttp.StatusRequestTimeout, "timeout", "the request did not arrive in time")
 	default:
 		s.deny(ctx, fasthttp.StatusBadRequest, "malformed", "not an HTTP request that can be read")
 	}
 	ctx.SetConnectionClose()
-}
-
-// What of a body over the limit is read and thrown away, so that the sender
-// gets to read the answer: a connection closed with unread data is reset.
-const (
-	drainBytes = 4 << 20
-	drainTime  = time.Second
-)
-
-func drain(ctx *fasthttp.RequestCtx) {
-	left := ctx.Request.Header.ContentLength()
-	c := ctx.Conn()
-	if left <= 0 || left > drainBytes || c.SetReadDeadline(time.Now().Add(drainTime)) != nil {
-		return
-	}
-	_, _ = io.CopyN(io.Discard, c, int64(left)) // part of it was read with the header: the deadline ends the wait
 }

@@ -19,6 +19,8 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/autonomyops/autonomy/internal/auth"
+	"github.com/autonomyops/autonomy/internal/metric"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/httpapi"
@@ -48,7 +50,24 @@ type api struct {
 	ready  []string
 }
 
+const echoPolicy = "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\", \"tool.http_get\"}\n"
+
 func serve(t *testing.T, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveAs(t, echoPolicy, call.GateOptions{}, change)
+}
+
+func serveWith(t *testing.T, rego string, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveAs(t, rego, call.GateOptions{}, change)
+}
+
+func serveGated(t *testing.T, gate call.GateOptions, change func(*httpapi.Options)) *api {
+	t.Helper()
+	return serveAs(t, echoPolicy, gate, change)
+}
+
+func serveAs(t *testing.T, rego string, gate call.GateOptions, change func(*httpapi.Options)) *api {
 	t.Helper()
 	a := &api{t: t}
 	dir := t.TempDir()
@@ -56,7 +75,6 @@ func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	if err := os.Mkdir(policyDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	rego := "package autonomy\nimport rego.v2\nallow if input.kind in {\"tool.echo\", \"tool.exec.wait\"}\n"
 	if err := os.WriteFile(filepath.Join(policyDir, "p.rego"), []byte(rego), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -72,22 +90,34 @@ func serve(t *testing.T, change func(*httpapi.Options)) *api {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tools, err := tool.Parse([]byte("tools:\n  tool.echo: {}\n  tool.exec.wait:\n    argv: [/bin/sleep, \"30\"]\n"), tool.Options{})
+	tools, err := tool.Parse([]byte("tools:\n  tool.echo: {}\n  tool.exec.wait:\n    argv: [/bin/sleep, \"30\"]\n  tool.http_get:\n    hosts: [127.0.0.1]\n    allow_private: [127.0.0.1/32]\n"), tool.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tools.Close() })
-	a.log, _, err = wal.Open(filepath.Join(dir, "wal"), wal.Options{SegmentBytes: 1 << 20, MaxBytes: 4 << 20})
+	a.log, _, err = wal.Open(filepath.Join(dir, "wal"), wal.Options{SegmentBytes: 1 << 20, MaxBytes: 8 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { a.log.Close() })
 	registry := func() *tool.Registry { return tools }
 	quiet := slog.New(slog.DiscardHandler)
+	anyone, err := auth.Open(auth.Options{Anonymous: true, Logger: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
 	pipeline := call.New(call.Options{Log: a.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
-		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
-	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, MaxBodyBytes: 4 << 10,
-		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready }, Metrics: pipeline.WriteMetrics}
+		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }, Gate: gate})
+	o := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, Auth: anyone, MaxBodyBytes: 4 << 10,
+		Status: func() any { return map[string]string{"node_id": "n"} }, Ready: func() []string { return a.ready },
+		Metrics: func(w io.Writer, open bool) string {
+			b := metric.NewBuffer(open)
+			pipeline.WriteMetrics(b)
+			if err := b.Expose(w, call.Metrics); err != nil {
+				t.Error(err)
+			}
+			return b.ContentType()
+		}}
 	if change != nil {
 		change(&o)
 	}
@@ -211,7 +241,9 @@ func TestBadRequests(t *testing.T) {
 		"header over the limit": {headers: "X-Big: " + strings.Repeat("x", 9000) + "\r\n", body: good, status: 431, want: "over 8192 bytes"},
 		"content type":          {headers: "Content-Type: text/plain\r\n", body: good, status: 415, want: "application/json"},
 		"content encoding":      {headers: "Content-Encoding: gzip\r\n", body: good, status: 415, want: "without Content-Encoding"},
-		"a token":               {headers: "Authorization: Bearer x\r\n", body: good, status: 401, want: "checks no bearer tokens"},
+		"an unknown token":      {headers: "Authorization: Bearer x\r\n", body: good, status: 401, want: "token is not valid"},
+		"an empty token":        {headers: "Authorization:\r\n", body: good, status: 401, want: "token is not valid"},
+		"another scheme":        {headers: "Authorization: Basic eDp5\r\n", body: good, status: 401, want: "token is not valid"},
 		"a page of a site":      {headers: "Origin: https://evil.test\r\n", body: good, status: 403, want: "another origin"},
 		"a sandboxed page":      {headers: "Origin: null\r\n", body: good, status: 403, want: "another origin"},
 	} {
@@ -276,7 +308,7 @@ func TestPeer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := fmt.Sprintf(`"caller":{"type":"unix","id":"uid:%d"}`, os.Getuid()); !bytes.Contains(payload, []byte(want)) {
+	if want := fmt.Sprintf(`"caller":{"type":"unix","id":"uid:%d","uid":%[1]d,"gid":%d,"pid":%d}`, os.Getuid(), os.Getgid(), os.Getpid()); !bytes.Contains(payload, []byte(want)) {
 		t.Errorf("no %s in %q", want, payload)
 	}
 	// What one caller did, another does not see.
@@ -295,7 +327,7 @@ func TestPeer(t *testing.T) {
 // TestOverload: beyond the limit of calls in flight the node sheds, and a stop
 // ends what still runs.
 func TestOverload(t *testing.T) {
-	a := serve(t, func(o *httpapi.Options) { o.MaxInFlight = 2 })
+	a := serveGated(t, call.GateOptions{MaxRunning: 2, MaxWait: 50 * time.Millisecond}, nil)
 	slow := make(chan string, 2)
 	for range 2 {
 		go func() {

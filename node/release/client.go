@@ -3,6 +3,7 @@ package release
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -24,14 +25,16 @@ type Client struct {
 // clientTimeout bounds one request.
 const clientTimeout = 15 * time.Second
 
-// NewClient checks the URL. Proxies of the environment are not used.
-func NewClient(base string) (*Client, error) {
+// NewClient checks the URL. tlsConf is for https; nil: the system's roots, no
+// client certificate. Proxies of the environment are not used.
+func NewClient(base string, tlsConf *tls.Config) (*Client, error) {
 	u, err := url.Parse(base)
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, fmt.Errorf("control plane URL %q: want http://HOST:PORT or https://HOST:PORT", base)
 	}
 	tr := http.DefaultTransport.(*http.Transport).Clone()
 	tr.Proxy = nil
+	tr.TLSClientConfig = tlsConf.Clone()
 	return &Client{base: strings.TrimRight(u.String(), "/"), http: &http.Client{Transport: tr, Timeout: clientTimeout,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}, nil
 }

@@ -76,7 +76,7 @@ func newWorld(t *testing.T) *world {
 	}
 	w.cp = httptest.NewServer(http.HandlerFunc(w.serve))
 	t.Cleanup(w.cp.Close)
-	if w.client, err = release.NewClient(w.cp.URL); err != nil {
+	if w.client, err = release.NewClient(w.cp.URL, nil); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(w.client.Close)
@@ -520,7 +520,7 @@ func TestStale(t *testing.T) {
 
 func TestClientURL(t *testing.T) {
 	for _, bad := range []string{"", "127.0.0.1:8888", "ftp://x", "http://"} {
-		if _, err := release.NewClient(bad); err == nil || !strings.Contains(err.Error(), "want http://HOST:PORT") {
+		if _, err := release.NewClient(bad, nil); err == nil || !strings.Contains(err.Error(), "want http://HOST:PORT") {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}

@@ -73,6 +73,7 @@ const (
 const (
 	DefaultTimeout = 30 * time.Second // wall time of one call
 	MaxTimeout     = time.Hour        // the most that tools.yaml may give
+	MaxSchemaBytes = 256 << 10        // of an input schema
 )
 
 // Tool is one definition. Callers must not change it.
@@ -84,6 +85,7 @@ type Tool struct {
 	Timeout     time.Duration   // wall time of one call, at most
 
 	schema *jsonschema.Schema
+	quick  *acceptor // nil: the schema has what only the library knows
 	exec   Executor
 }
 
@@ -97,6 +99,12 @@ type definition struct {
 // New makes a Tool: it compiles the schema and computes the digest. A schema
 // that does not compile, or that refers to another document, is an error.
 func New(kind, description string, schema json.RawMessage, timeout time.Duration, e Executor) (*Tool, error) {
+	if len(schema) > MaxSchemaBytes {
+		return nil, fmt.Errorf("tool %s: input schema: %d bytes, at most %d", kind, len(schema), MaxSchemaBytes)
+	}
+	if err := strictjson.CheckObject(schema); err != nil {
+		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
+	}
 	def, err := json.Marshal(definition{description, schema, kind})
 	if err != nil {
 		return nil, fmt.Errorf("tool %s: definition: %w", kind, err)
@@ -113,7 +121,8 @@ func New(kind, description string, schema json.RawMessage, timeout time.Duration
 	c := jsonschema.NewCompiler()
 	c.DefaultDraft(jsonschema.Draft2020)
 	c.UseLoader(noLoader{})
-	const url = "tool:input"
+	c.AssertFormat()            // a schema that says "format": "uri" means it
+	const url = "tool:///input" // with a path: a relative reference leads elsewhere, to noLoader
 	if err := c.AddResource(url, doc); err != nil {
 		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
 	}
@@ -122,7 +131,7 @@ func New(kind, description string, schema json.RawMessage, timeout time.Duration
 		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
 	}
 	return &Tool{Kind: kind, Description: description, InputSchema: schema, Timeout: timeout,
-		Digest: "sha256:" + hex.EncodeToString(sum[:]), schema: compiled, exec: e}, nil
+		Digest: "sha256:" + hex.EncodeToString(sum[:]), schema: compiled, quick: newAcceptor(doc), exec: e}, nil
 }
 
 // noLoader keeps a schema from reading files or the network.
@@ -140,7 +149,13 @@ var ErrParams = errors.New("invalid params")
 //
 //	invalid params: /endpoint: got number, want string
 func (t *Tool) Validate(params []byte) error {
+	if t.quick != nil && len(params) > 0 && params[0] == '{' && t.quick.accept(params) {
+		return nil
+	}
 	if err := strictjson.CheckObject(params); err != nil {
+		return fmt.Errorf("%w: %w", ErrParams, err)
+	}
+	if err := checkNumbers(params); err != nil {
 		return fmt.Errorf("%w: %w", ErrParams, err)
 	}
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(params))

@@ -147,6 +147,13 @@ func (t *Tool) Execute(ctx context.Context, r *executor.Request) executor.Result
 
 // get reads at most limit bytes of the file.
 func (t *Tool) get(name string, limit int64, list []string) executor.Result {
+	// To open a device can be to use it, so look first; and look again at what
+	// was opened, which may be another file by then.
+	if info, err := t.root.Stat(name); err != nil {
+		return refused(name, err)
+	} else if !info.Mode().IsRegular() {
+		return executor.Deny(CodePath, fmt.Sprintf("%s is no regular file", name))
+	}
 	f, err := t.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO must not block
 	if err != nil {
 		return refused(name, err)
