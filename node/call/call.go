@@ -215,7 +215,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	// Evaluate.
 	d := &r.decision
 	began := time.Now()
-	evalErr := evaluate(ctx, active.Program, d, r.input)
+	evalErr := evaluate(active.Program, d, r.input)
 	r.report.Eval = time.Since(began)
 	switch {
 	case evalErr != nil:
@@ -303,9 +303,11 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	return finish(a, &res)
 }
 
-// evaluate asks the policy. Nothing else in the node does.
-func evaluate(ctx context.Context, p *prepared.Program, dst *prepared.Decision, input []byte) (err error) {
-	*dst, err = p.Eval(ctx, input)
+// evaluate asks the policy. Nothing else in the node does. The evaluator has a
+// bound of its own, so it need not watch the call's context, for which all calls
+// would meet at one lock; a call that has ended is stopped before its tool.
+func evaluate(p *prepared.Program, dst *prepared.Decision, input []byte) (err error) {
+	*dst, err = p.Eval(context.Background(), input)
 	return err
 }
 
