@@ -194,7 +194,7 @@ func (p *parser) fail(format string, args ...any) error {
 // below puts the way to where an error was found before its path. The path is
 // made on the way out, so that a document without a fault does not pay for it.
 func below(err error, step string) error {
-	if e, ok := err.(*SyntaxError); ok { //nolint:errorlint // made here, never wrapped
+	if e, ok := err.(*SyntaxError); ok { // made here, never wrapped
 		e.Path = "/" + step + e.Path
 	}
 	return err

@@ -77,7 +77,7 @@ type Server struct {
 	ctx    context.Context // ends the calls that outlast Shutdown
 	cancel context.CancelFunc
 	ctxs   [ctxShards]context.Context // children of ctx, see callContext
-	bufs   sync.Pool // *[]byte, answers
+	bufs   sync.Pool                  // *[]byte, answers
 }
 
 // New makes a Server.
