@@ -16,7 +16,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -40,10 +39,6 @@ type Options struct {
 	// and returns the content type.
 	Metrics func(w io.Writer, openMetrics bool) string
 	Logger  *slog.Logger
-	// Admit is asked for each call before it takes a place or a seat in the
-	// queue: whether the caller's own budget allows it, and else after how many
-	// seconds it may. nil: every caller is allowed. It must not block.
-	Admit func(call.Caller) (retryAfter int, ok bool)
 
 	MaxBodyBytes   int           // request body; default 256 KiB → 413
 	MaxHeaderBytes int           // request line and headers; default 8 KiB → 431
@@ -86,9 +81,6 @@ func New(o Options) *Server {
 	o.MaxHeaderBytes = def(o.MaxHeaderBytes, DefaultMaxHeaderBytes)
 	o.MaxBodyMemory = def(o.MaxBodyMemory, DefaultMaxBodyMemory)
 	o.MaxConns = def(o.MaxConns, DefaultMaxConns)
-	if o.Admit == nil {
-		o.Admit = func(call.Caller) (int, bool) { return 0, true }
-	}
 	s := &Server{o: o, gate: o.Pipeline.Gate(), bodies: bodies{max: o.MaxBodyMemory}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for i := range s.ctxs {
@@ -372,14 +364,9 @@ func isJSON(contentType []byte) bool {
 	return bytes.EqualFold(bytes.TrimSpace(media), []byte("application/json"))
 }
 
-// enter takes a place for a call of caller, or answers 429: over the caller's
-// budget, or the node is at its limit. What is refused here was not decoded.
+// enter takes a place for a call of caller, or answers 429: the node is at its
+// limit. What is refused here was not decoded.
 func (s *Server) enter(ctx *fasthttp.RequestCtx, caller call.Caller) bool {
-	if after, ok := s.o.Admit(caller); !ok {
-		ctx.Response.Header.Set("Retry-After", strconv.Itoa(max(1, after)))
-		s.deny(ctx, fasthttp.StatusTooManyRequests, "over_budget", "this caller has used up its calls for now: try again after the time in Retry-After")
-		return false
-	}
 	err := s.gate.Enter(s.ctx, caller)
 	switch {
 	case err == nil:
