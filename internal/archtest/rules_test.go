@@ -91,6 +91,11 @@ var rules = []rule{
 		check:  onlyUnder([]string{"assurance"}, "github.com/cilium/ebpf"),
 	},
 	{
+		name:   "otel-in-trace",
+		reason: "the OpenTelemetry SDK has queues, globals and environment variables of its own; one package tames them",
+		check:  onlyUnder([]string{"node/trace"}, "go.opentelemetry.io/otel"),
+	},
+	{
 		name:   "fuse-in-faultinject",
 		reason: "a file system served from a program is a disk to break, never one to keep state on",
 		check:  onlyUnder([]string{"faultinject"}, "github.com/hanwen/go-fuse"),

@@ -194,7 +194,7 @@ func (p *parser) fail(format string, args ...any) error {
 // below puts the way to where an error was found before its path. The path is
 // made on the way out, so that a document without a fault does not pay for it.
 func below(err error, step string) error {
-	if e, ok := err.(*SyntaxError); ok { //nolint:errorlint // made here, never wrapped
+	if e, ok := err.(*SyntaxError); ok { // made here, never wrapped
 		e.Path = "/" + step + e.Path
 	}
 	return err
@@ -446,7 +446,13 @@ func Unquote(literal []byte) (string, error) {
 func (p *parser) str() (plain bool, err error) {
 	p.pos++
 	plain = true
-	for p.pos < len(p.data) {
+	for {
+		for p.pos < len(p.data) && ordinary[p.data[p.pos]] {
+			p.pos++
+		}
+		if p.pos == len(p.data) {
+			break
+		}
 		switch c := p.data[p.pos]; {
 		case c == '"':
 			p.pos++
@@ -458,8 +464,6 @@ func (p *parser) str() (plain bool, err error) {
 			}
 		case c < 0x20:
 			return false, p.fail("control character in a string: write it escaped")
-		case c < utf8.RuneSelf:
-			p.pos++
 		default:
 			r, n := utf8.DecodeRune(p.data[p.pos:])
 			if r == utf8.RuneError && n <= 1 {
@@ -468,9 +472,17 @@ func (p *parser) str() (plain bool, err error) {
 			p.pos += n
 		}
 	}
-	p.pos = len(p.data)
 	return false, p.fail("the document ends inside a string")
 }
+
+// ordinary are the bytes that mean themselves in a string: ASCII but for control
+// characters, quote and backslash.
+var ordinary = func() (t [256]bool) {
+	for c := 0x20; c < utf8.RuneSelf; c++ {
+		t[c] = c != '"' && c != '\\'
+	}
+	return t
+}()
 
 func (p *parser) escape() error {
 	if p.pos+1 >= len(p.data) {

@@ -130,7 +130,7 @@ func TestObject(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 	stop := errors.New("stop")
-	if err := strictjson.Object([]byte(`{"a":1,"b":`), func(_, _ []byte) error { return stop }); err != stop {
+	if err := strictjson.Object([]byte(`{"a":1,"b":`), func(_, _ []byte) error { return stop }); !errors.Is(err, stop) {
 		t.Errorf("an error of member: %v", err)
 	}
 	for in, want := range map[string]string{

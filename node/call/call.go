@@ -242,7 +242,10 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	// Evaluate.
 	d := &r.decision
 	began := time.Now()
-	evalErr := active.EvalInto(ctx, d, r.input)
+	// The evaluator has a bound of its own, so it need not watch the call's
+	// context, for which all calls would meet at one lock; a call that has ended is
+	// stopped before its tool.
+	evalErr := active.EvalInto(context.Background(), d, r.input)
 	r.report.Eval = time.Since(began)
 	switch {
 	case evalErr != nil:

@@ -80,7 +80,8 @@ type Server struct {
 
 	ctx    context.Context // ends the calls that outlast Shutdown
 	cancel context.CancelFunc
-	bufs   sync.Pool // *[]byte, answers
+	ctxs   [ctxShards]context.Context // children of ctx, see callContext
+	bufs   sync.Pool                  // *[]byte, answers
 }
 
 // New makes a Server.
@@ -94,6 +95,11 @@ func New(o Options) *Server {
 	}
 	s := &Server{o: o, gate: o.Pipeline.Gate(), bodies: bodies{max: o.MaxBodyMemory}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	for i := range s.ctxs {
+		shard, cancel := context.WithCancel(s.ctx)
+		context.AfterFunc(s.ctx, cancel) // nobody ends one of them alone
+		s.ctxs[i] = shard
+	}
 	s.bufs.New = func() any { b := make([]byte, 0, 4096); return &b }
 	s.http = fasthttp.Server{
 		Name:                         "",
@@ -256,8 +262,18 @@ func (s *Server) tool(ctx *fasthttp.RequestCtx, caller call.Caller) {
 		return
 	}
 	req.Caller = caller
-	a := s.o.Pipeline.Do(s.ctx, req, call.Execute)
+	a := s.o.Pipeline.Do(s.callContext(ctx), req, call.Execute)
 	s.answer(ctx, &a)
+}
+
+// ctxShards is how many contexts the calls share.
+const ctxShards = 32
+
+// callContext is the context of the calls on one connection. A call that gives
+// its tool a time limit enters itself into its parent under the parent's lock:
+// with one parent for all, they would meet there.
+func (s *Server) callContext(ctx *fasthttp.RequestCtx) context.Context {
+	return s.ctxs[ctx.ConnID()%ctxShards]
 }
 
 func isJSON(contentType []byte) bool {
