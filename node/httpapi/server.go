@@ -467,7 +467,11 @@ func (s *Server) json(ctx *fasthttp.RequestCtx, status int, v any) {
 
 // deny answers a request that never became a call.
 func (s *Server) deny(ctx *fasthttp.RequestCtx, status int, code, reason string) {
-	a := call.Answer{Status: status, Decision: "deny", Layer: call.LayerRequest, Code: code, Reason: reason}
+	layer := call.LayerRequest
+	if status == fasthttp.StatusServiceUnavailable {
+		layer = call.LayerRuntime // nothing is wrong with the request
+	}
+	a := call.Answer{Status: status, Decision: "deny", Layer: layer, Code: code, Reason: reason}
 	s.answer(ctx, &a)
 }
 
