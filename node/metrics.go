@@ -33,7 +33,7 @@ var Metrics = slices.Concat(call.Metrics, metric.Table{
 	{Name: "autonomy_node_policy_active", Type: metric.TypeGauge, Unit: "boolean", Help: "1 while a policy is in force; without one every call is denied."},
 	{Name: "autonomy_node_policy_serving", Type: metric.TypeGauge, Unit: "boolean", Labels: "slot", Help: "1 for what answers calls: active, lkg, local (--policy), none."},
 	{Name: "autonomy_node_policy_shadow_calls", Type: metric.TypeGauge, Unit: "calls", Labels: "result",
-		Help: "Calls that the policy in shadow was asked too, by how its answer compares: same, stricter, looser, other, failed, skipped. Only while there is one."},
+		Help: "Calls that the policy in shadow was asked too, by how its answer compares: same, stricter, looser, other, failed, skipped. 0 while there is none."},
 	{Name: "autonomy_node_policy_slot_faults", Type: metric.TypeGauge, Unit: "slots", Help: "Policy slots found damaged at start."},
 	{Name: "autonomy_node_memory_limit_bytes", Type: metric.TypeGauge, Unit: "bytes", Help: "What the Go runtime keeps its memory below; 0: no limit is known."},
 	{Name: "autonomy_node_credentials_refused_total", Type: metric.TypeCounter, Unit: "requests", Labels: "credential", Help: "Credentials that were shown and did not hold: certificate, token."},
