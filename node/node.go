@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
 	"github.com/autonomyops/autonomy/internal/run"
@@ -78,6 +79,7 @@ type node struct {
 	slots    *prepared.Slots
 	faults   []prepared.Fallback
 	local    *prepared.Active // from --policy
+	sandbox  *sandbox.Sandbox
 	tools    atomic.Pointer[tool.Registry]
 	pipeline *call.Pipeline
 	exporter *export.Exporter // nil: no endpoint
@@ -116,6 +118,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
+	if err := n.openSandbox(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.sandbox.Close()) }()
 	registry, err := n.loadTools()
 	if err != nil {
 		return run.Exit(run.Usage, err)
@@ -353,7 +359,7 @@ func (n *node) Current() *prepared.Active {
 }
 
 func (n *node) loadTools() (*tool.Registry, error) {
-	o := tool.Options{Logger: n.log}
+	o := tool.Options{Logger: n.log, Sandbox: n.sandbox}
 	if n.cfg.Tools == "" {
 		return tool.Parse(nil, o)
 	}
@@ -454,7 +460,7 @@ func (n *node) note(c wal.Class, eventType string, body any) {
 func (n *node) noteStart(unknown int) {
 	n.note(wal.ClassLifecycle, event.NodeStarted, map[string]any{
 		"version": run.Version, "durability": n.cfg.Durability, "assurance": n.report.Load().Level, "listen": n.addrs,
-		"recovered_records": n.recovery.Records, "outcome_unknown": unknown,
+		"recovered_records": n.recovery.Records, "outcome_unknown": unknown, "sandbox": n.sandbox.Layers(),
 	})
 	for _, f := range n.faults {
 		n.note(wal.ClassError, event.PolicyFallback, f)
@@ -657,6 +663,7 @@ type Status struct {
 	Tools      []string          `json:"tools"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Assurance  assurance.Report  `json:"assurance"`
+	Sandbox    []sandbox.Layer   `json:"sandbox"` // what holds programs here
 }
 
 // PolicyStatus is the slots, and the operator's file while that is in force.
@@ -667,7 +674,7 @@ type PolicyStatus struct {
 
 func (n *node) status() any {
 	s := Status{NodeID: n.id, KeyID: n.keyID, Version: run.Version, StartedAt: n.started, Durability: n.cfg.Durability, Listen: n.addrs,
-		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.wal.Stats(), Labels: n.cfg.Labels, Assurance: *n.report.Load()}
+		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.wal.Stats(), Labels: n.cfg.Labels, Assurance: *n.report.Load(), Sandbox: n.sandbox.Layers()}
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}

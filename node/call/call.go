@@ -477,6 +477,10 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 		b = append(b, `,"output":`...)
 		b = append(b, res.Output...)
 	}
+	if len(res.Confinement) > 0 {
+		b = append(b, `,"sandbox":`...)
+		b = append(b, res.Confinement...)
+	}
 	s.body = append(b, '}')
 	rec.Body = s.body
 	seq, _, err := p.record(wal.ClassAction, &rec, dec.AuditID)
