@@ -9,8 +9,10 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -63,6 +65,10 @@ func escapeChild(args []string) {
 		err = dial(args[1], args[2])
 	case "dialer":
 		dialer(args[1], args[2])
+	case "connect-loop":
+		err = connectLoop()
+	case "rootless":
+		rootless(args[1], args[2:])
 	default:
 		for _, a := range attempts {
 			if a.name == args[0] {
@@ -86,6 +92,38 @@ func errnoName(err error) string {
 		return fmt.Sprintf("exit %d", exit.ExitCode())
 	}
 	return err.Error()
+}
+
+// rootless makes every attempt in a sandbox of a process without privileges.
+func rootless(dir string, args []string) {
+	s, err := Open(context.Background(), Options{RunDir: dir, Hidden: []string{filepath.Dir(args[argState])}})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	for _, l := range s.Layers() {
+		fmt.Println("layer", l.Name, l.On, l.Detail)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	for _, a := range attempts {
+		p, err := s.Start(context.Background(), &Command{Argv: append([]string{exe, escapeArg, a.name}, args...), Env: []string{"GOMAXPROCS=1"}})
+		if err != nil {
+			fmt.Println("attempt", a.name, err)
+			continue
+		}
+		var out strings.Builder
+		p.Wait(context.Background(), func(b []byte) { out.Write(b) }, func(b []byte) { out.Write(b) })
+		fmt.Println("attempt", a.name, strings.TrimSpace(out.String()))
+	}
+	if err := s.Close(); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
 
 // dial connects and prints what it is told.

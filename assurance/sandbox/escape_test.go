@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -32,30 +34,39 @@ func (a *attempt) passed(answer string) bool {
 	return answer == "OK" || slices.ContainsFunc(a.pass, func(e unix.Errno) bool { return unix.ErrnoName(e) == answer })
 }
 
-// TestEscapes makes every attempt in the whole sandbox, where each must be
-// refused, then with no layer at all, where each must be let through or the
-// attempt proves nothing, and then with one layer alone, to find out which
-// layers stop it. docs/sandbox.md holds the result; UPDATE=1 writes it.
-func TestEscapes(t *testing.T) {
-	state := t.TempDir()
-	if err := os.Chmod(state, 0o755); err != nil {
+// make makes an attempt and returns the answer.
+func (a *attempt) make(t *testing.T, s *Sandbox, args []string) (string, Ended) {
+	t.Helper()
+	e, out := run(t, s, escape(t, append([]string{a.name}, args...)...))
+	return strings.TrimSpace(out), e
+}
+
+// stateDir stands for the node's state directory.
+func stateDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	whole := openWith(t, Options{Hidden: []string{state}})
-	args := escapeArgs(t, state, whole)
-	try := func(t *testing.T, s *Sandbox, a *attempt) (string, Ended) {
-		t.Helper()
-		e, out := run(t, s, escape(t, append([]string{a.name}, args...)...))
-		return strings.TrimSpace(out), e
-	}
-	refused := map[string][]string{} // attempt → layers that stop it alone; anyway when none is needed
+	return dir
+}
+
+// TestEscapes makes every attempt in the whole sandbox: each must be refused,
+// and recorded where that can be.
+func TestEscapes(t *testing.T) {
+	state := stateDir(t)
+	s := openWith(t, Options{Hidden: []string{state}})
+	args := escapeArgs(t, state, s)
 	for i := range attempts {
 		a := &attempts[i]
 		if slices.ContainsFunc(attempts[:i], func(b attempt) bool { return b.name == a.name }) {
 			t.Fatalf("two attempts are called %s", a.name)
 		}
-		t.Run("whole/"+a.name, func(t *testing.T) {
-			answer, e := try(t, whole, a)
+		if a.group == "limit" {
+			continue // these have tests of their own
+		}
+		t.Run(a.name, func(t *testing.T) {
+			answer, e := a.make(t, s, args)
 			if a.passed(answer) || !strings.HasPrefix(answer, "E") && !strings.HasPrefix(answer, "exit ") {
 				t.Errorf("answer %q", answer)
 			}
@@ -64,11 +75,20 @@ func TestEscapes(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestEscapeLayers makes every attempt with no layer at all, where each must be
+// let through or it proves nothing, and then with one layer alone, to find out
+// which layers stop it. docs/sandbox.md holds the result; UPDATE=1 writes it.
+func TestEscapeLayers(t *testing.T) {
+	state := stateDir(t)
+	args := escapeArgs(t, state, open(t))
+	refused := map[string][]string{} // attempt → layers that stop it alone; anyway when none is needed
 	bare := open(t, LayerNames...)
 	for i := range attempts {
 		if a := &attempts[i]; !a.held {
 			t.Run("bare/"+a.name, func(t *testing.T) {
-				answer, _ := try(t, bare, a)
+				answer, _ := a.make(t, bare, args)
 				switch {
 				case a.passed(answer):
 				case slices.Contains(elsewhereRefused[a.name], answer):
@@ -91,7 +111,7 @@ func TestEscapes(t *testing.T) {
 				continue
 			}
 			t.Run(l.layer+"/"+a.name, func(t *testing.T) {
-				if answer, _ := try(t, s, a); !a.passed(answer) && !slices.Contains(refused[a.name], anyway) {
+				if answer, _ := a.make(t, s, args); !a.passed(answer) && !slices.Contains(refused[a.name], anyway) {
 					refused[a.name] = append(refused[a.name], l.layer)
 				}
 			})
@@ -101,6 +121,52 @@ func TestEscapes(t *testing.T) {
 }
 
 const anyway = "anyway"
+
+// TestRootless makes every attempt in the sandbox of a process that is not root.
+func TestRootless(t *testing.T) {
+	state := stateDir(t)
+	s := open(t)
+	args := escapeArgs(t, state, s)
+	exe, dir := self(t), elsewhere(t)
+	if err := os.Chown(dir, 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, append([]string{escapeArg, "rootless", dir}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	cmd.Env, cmd.Dir = []string{"HOME=/"}, "/"
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	on := map[string]string{}
+	answers := map[string]string{}
+	for line := range strings.Lines(string(out)) {
+		switch kind, rest, _ := strings.Cut(strings.TrimSpace(line), " "); kind {
+		case "layer":
+			name, rest, _ := strings.Cut(rest, " ")
+			on[name] = rest
+		case "attempt":
+			name, answer, _ := strings.Cut(rest, " ")
+			answers[name] = answer
+		}
+	}
+	if strings.HasPrefix(on[LayerNamespaces], "false") {
+		testutil.Missing(t, "user namespaces for everybody", "set kernel.unprivileged_userns_clone, or user.max_user_namespaces")
+	}
+	for _, l := range LayerNames {
+		t.Logf("%s: %s", l, on[l])
+		want := slices.Contains([]string{LayerNamespaces, LayerView, LayerLandlock, LayerSeccomp}, l)
+		if strings.HasPrefix(on[l], "true") != want {
+			t.Errorf("layer %s: %s", l, on[l])
+		}
+	}
+	for _, a := range attempts {
+		answer, ok := answers[a.name]
+		if a.group != "limit" && (!ok || a.passed(answer) || !strings.HasPrefix(answer, "E") && !strings.HasPrefix(answer, "exit ")) {
+			t.Errorf("%s: answer %q", a.name, answer)
+		}
+	}
+}
 
 // elsewhereRefused are attempts that some kernels refuse to everybody, and one
 // that a resource limit stops, which every process has.
@@ -129,7 +195,7 @@ var elsewhereRefused = map[string][]string{
 }
 
 const (
-	tableBegin = "<!-- escapes: written by go test ./assurance/sandbox -run TestEscapes with UPDATE=1 -->\n"
+	tableBegin = "<!-- escapes: written by go test ./assurance/sandbox -run TestEscapeLayers with UPDATE=1 -->\n"
 	tableEnd   = "<!-- end of escapes -->\n"
 )
 

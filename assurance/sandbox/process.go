@@ -455,7 +455,6 @@ func (p *Process) lonely(sc *script, flags uint64) (uint64, error) {
 func (p *Process) look(sc *script, v *viewSpec, tmp string, flags uint64, open *files) (uint64, error) {
 	if p.s.userns || v.inTmp() {
 		sc.build(p.s.stage, v, tmp)
-		sc.mountProc()
 		return flags | unix.CLONE_NEWNS, nil
 	}
 	ns, err := p.s.kept(v, open)
@@ -465,7 +464,7 @@ func (p *Process) look(sc *script, v *viewSpec, tmp string, flags uint64, open *
 	sc.add("enter the view", unix.SYS_SETNS, uintptr(ns), unix.CLONE_NEWNS)
 	sc.add("copy the view", unix.SYS_UNSHARE, unix.CLONE_NEWNS)
 	sc.mountTmp("/tmp", tmp)
-	sc.mountProc()
+	sc.mountProc("/proc")
 	return flags, nil
 }
 

@@ -48,7 +48,8 @@ type Layer struct {
 // Limits of a Sandbox.
 const (
 	DefaultMaxCalls = 1024       // processes at one time
-	uidBase         = 0x7a000000 // first user id of calls: 2046820352, above what any distribution hands out
+	uidBase         = 0x70000000 // first user id of calls: 1879048192, above what distributions and containers hand out
+	uidBits         = 17         // log2 of the user ids that one sandbox has; there are 256 such ranges, chosen by RunDir
 	spareUsers      = 64         // users beyond MaxCalls, so that none is used again at once
 	maxViews        = 64         // mount namespaces kept for calls to come
 	maxNets         = 32         // the same of empty network namespaces
@@ -60,7 +61,7 @@ type Options struct {
 	RunDir   string                  // a directory of this sandbox's own, 0700, which must exist: mount points, pins. Absolute
 	Hidden   []string                // files and directories that no process sees: the node's own
 	Own      func() []netip.AddrPort // addresses of the node, which no process reaches; nil: none
-	MaxCalls int                     // 0: DefaultMaxCalls
+	MaxCalls int                     // processes at one time, at most 65536; 0: DefaultMaxCalls
 	Off      []string                // layers that are left off; for tests and diagnosis
 	Logger   *slog.Logger            // nil: nothing is logged
 }
@@ -124,6 +125,7 @@ func Open(ctx context.Context, o Options) (_ *Sandbox, err error) {
 	if s.o.MaxCalls <= 0 {
 		s.o.MaxCalls = DefaultMaxCalls
 	}
+	s.o.MaxCalls = min(s.o.MaxCalls, 1<<16)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -188,16 +190,21 @@ func (s *Sandbox) hold() error {
 	return nil
 }
 
+// number tells this sandbox from others on the machine, by its run directory.
+func (s *Sandbox) number() []byte {
+	sum := sha256.Sum256([]byte(s.o.RunDir))
+	return sum[:6]
+}
+
 var errNoRunDir = errors.New("no run directory is given")
 
 func (s *Sandbox) tryCgroup(ctx context.Context) (string, error) {
 	if s.o.RunDir == "" {
 		return "", errNoRunDir
 	}
-	sum := sha256.Sum256([]byte(s.o.RunDir))
 	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
 	defer cancel()
-	tree, err := cgroup.OpenTree(ctx, hex.EncodeToString(sum[:6]))
+	tree, err := cgroup.OpenTree(ctx, hex.EncodeToString(s.number()))
 	if err != nil {
 		return "", err
 	}
@@ -265,7 +272,6 @@ func (s *Sandbox) tryView(context.Context) (string, error) {
 	own := newScript()
 	own.mapSelf()
 	own.build(s.stage, v, tmpOptions(1<<20))
-	own.mountProc()
 	own.exit()
 	if err := s.attempt(own, nsFlags|unix.CLONE_NEWUSER|unix.CLONE_NEWNS, -1); err != nil {
 		return "", err
@@ -275,8 +281,12 @@ func (s *Sandbox) tryView(context.Context) (string, error) {
 }
 
 func (s *Sandbox) tryUser(context.Context) (string, error) {
+	first := uint32(uidBase)
+	if s.o.RunDir != "" {
+		first += uint32(s.number()[0]) << uidBits
+	}
 	try := newScript()
-	try.become(uidBase, uidBase)
+	try.become(first, first)
 	try.exit()
 	if err := s.attempt(try, 0, -1); err != nil {
 		if s.userns {
@@ -286,9 +296,9 @@ func (s *Sandbox) tryUser(context.Context) (string, error) {
 	}
 	s.user = true
 	for i := range s.o.MaxCalls + spareUsers {
-		s.uids = append(s.uids, uint32(uidBase+i))
+		s.uids = append(s.uids, first+uint32(i))
 	}
-	return fmt.Sprintf("from %d, one for each running call", uidBase), nil
+	return fmt.Sprintf("from %d, one for each running call", first), nil
 }
 
 // bpfMagic is BPF_FS_MAGIC.

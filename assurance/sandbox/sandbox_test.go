@@ -211,7 +211,8 @@ func TestNoSurvivors(t *testing.T) {
 					t.Fatal(err)
 				}
 				group := p.call.Path()
-				e := p.Wait(ctx, func([]byte) {}, func([]byte) {})
+				var errs bytes.Buffer
+				e := p.Wait(ctx, func([]byte) {}, func(b []byte) { errs.Write(b[:min(len(b), max(0, 512-errs.Len()))]) })
 				if e.Left != nil {
 					t.Error(e.Left)
 				}
@@ -219,7 +220,7 @@ func TestNoSurvivors(t *testing.T) {
 					t.Errorf("the cgroup is there: %v", err)
 				}
 				if e.Status.Signaled() == tc.ends && name != "fork bomb" { // whose shell may end when it cannot fork
-					t.Errorf("status %#x", e.Status)
+					t.Errorf("status %#x, %s", e.Status, errs.String())
 				}
 			})
 		}

@@ -24,9 +24,11 @@ func (s *script) mapSelf() {
 }
 
 // mountProc mounts the process's own /proc: its pid namespace and nothing of
-// the kernel's, read-only.
-func (s *script) mountProc() {
-	s.mount("mount /proc", "proc", "/proc", "proc", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "subset=pid,hidepid=invisible")
+// the kernel's, read-only. Without privileges the kernel lets it be mounted only
+// where the old /proc is still seen, and nothing hides a part of it, as in some
+// containers: then there is none.
+func (s *script) mountProc(path string) {
+	s.mount("mount /proc", "proc", path, "proc", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "subset=pid,hidepid=invisible").pass = unix.EPERM
 }
 
 func tmpOptions(bytes int64) string {

@@ -145,8 +145,8 @@ const etcPasswd = "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin
 // make it the root of the mount namespace that the caller has just entered. It
 // ends in the new root, which is read-only but for the paths.
 //
-// With tmp, /tmp is mounted here too, so that paths inside /tmp can be shown;
-// else the caller mounts it on top.
+// With tmp, /tmp and /proc are mounted here too, so that paths inside /tmp can be
+// shown, and without privileges; else the caller mounts them on top.
 func (s *script) build(stage string, v *viewSpec, tmp string) {
 	at := func(path string) string { return stage + path }
 	s.mount("keep mounts to the sandbox", "", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
@@ -214,6 +214,7 @@ func (s *script) build(stage string, v *viewSpec, tmp string) {
 	s.attributes("make the view read-only", stage, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, true)
 	if tmp != "" {
 		s.attributes("make /tmp writable", at("/tmp"), 0, false, unix.MOUNT_ATTR_RDONLY)
+		s.mountProc(at("/proc"))
 	}
 	for _, e := range v.paths {
 		switch {
