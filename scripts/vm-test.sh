@@ -20,7 +20,7 @@ go test -c -tags vm -ldflags '-s -w' -o "$work/sandbox.test" ./assurance/sandbox
 printf -- '-test.v -test.timeout=110s -test.run=^(TestVM.*|TestEscapes|TestEgress|TestNoSurvivors|TestTakeOver)$' >"$work/sandbox.args"
 
 items=("$work/init=/init" "$work/sandbox.test=/tests/sandbox.test" "$work/sandbox.args=/tests/sandbox.test.args"
-	/dev/ /proc/ /sys/ /tmp/ /run/ /var/tmp/ /etc/ /root/ /usr/bin/ /mnt/
+	/dev/ /proc/ /sys/ /tmp/ /run/ /var/tmp/ /etc/ /usr/bin/ /mnt/
 	"$(command -v busybox)=/bin/busybox")
 for applet in sh sleep true cat ls echo env kill yes setsid mkdir rm; do
 	items+=("/bin/busybox>/bin/$applet")

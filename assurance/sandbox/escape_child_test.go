@@ -29,8 +29,11 @@ const escapeArg = "escape-child"
 // escape is a command that makes the attempt of this name.
 func escape(t testing.TB, args ...string) *Command {
 	t.Helper()
-	return &Command{Argv: append([]string{self(t), escapeArg}, args...), Env: []string{"GOMAXPROCS=1"}}
+	return &Command{Argv: append([]string{self(t), escapeArg}, args...), Env: childEnv}
 }
+
+// childEnv: the race detector would let each child wait a second at its end.
+var childEnv = []string{"GOMAXPROCS=1", "GORACE=atexit_sleep_ms=0"}
 
 // self is a copy of this test's program where every user can read it.
 func self(t testing.TB) string {
@@ -110,7 +113,7 @@ func rootless(dir string, args []string) {
 		os.Exit(1)
 	}
 	for _, a := range attempts {
-		p, err := s.Start(context.Background(), &Command{Argv: append([]string{exe, escapeArg, a.name}, args...), Env: []string{"GOMAXPROCS=1"}})
+		p, err := s.Start(context.Background(), &Command{Argv: append([]string{exe, escapeArg, a.name}, args...), Env: childEnv})
 		if err != nil {
 			fmt.Println("attempt", a.name, err)
 			continue

@@ -133,7 +133,7 @@ func TestRootless(t *testing.T) {
 	}
 	cmd := exec.Command(exe, append([]string{escapeArg, "rootless", dir}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	cmd.Env, cmd.Dir = []string{"HOME=/"}, "/"
+	cmd.Env, cmd.Dir = childEnv, "/"
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)

@@ -30,7 +30,11 @@ func vforkClone3(args *cloneArgs, size uintptr) (pid, errno uintptr)
 
 // cloneArgs is struct clone_args.
 type cloneArgs struct {
-	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
+	flags, pidfd uint64
+	_            [2]uint64 // child_tid, parent_tid
+	exitSignal   uint64
+	_            [5]uint64 // stack, stack_size, tls, set_tid, set_tid_size
+	cgroup       uint64
 }
 
 // fork starts a child that runs s, whose last op is execve. It returns when the

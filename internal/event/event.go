@@ -124,6 +124,7 @@ type ActionBody struct {
 	ErrorCode  string          `json:"error_code,omitempty"`
 	Error      string          `json:"error,omitempty"`
 	Output     json.RawMessage `json:"output,omitempty"`
+	Sandbox    json.RawMessage `json:"sandbox,omitempty"` // what a program used, and was refused
 }
 
 // LifecycleBody is the body of the release.* events.
