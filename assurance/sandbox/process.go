@@ -112,7 +112,7 @@ func (s *Sandbox) Start(ctx context.Context, c *Command) (_ *Process, err error)
 	if err != nil {
 		return nil, err
 	}
-	program, view, err := s.visible(c, reach)
+	where, view, err := s.visible(c, reach)
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +130,7 @@ func (s *Sandbox) Start(ctx context.Context, c *Command) (_ *Process, err error)
 	}
 	var open files
 	defer open.close()
-	script, flags, err := p.script(c, program, view, reach, &open)
+	script, flags, err := p.script(c, where, view, reach, &open)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrConfine, err)
 	}
@@ -157,7 +157,7 @@ func (s *Sandbox) Start(ctx context.Context, c *Command) (_ *Process, err error)
 func (s *Sandbox) admit(p *Process) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.live >= s.o.MaxCalls {
+	if s.live >= s.o.MaxCalls || s.user && len(s.uids) == 0 { // users of processes that could not be killed stay taken
 		return fmt.Errorf("%w: %d", ErrBusy, s.live)
 	}
 	s.live++
@@ -244,30 +244,36 @@ func devicesOf(paths []Path) ([]string, error) {
 	return out, nil
 }
 
-// visible says what the process sees, and the program's path there.
-func (s *Sandbox) visible(c *Command, r reach) (program string, v *viewSpec, err error) {
+// place is where a process begins: paths as it sees them.
+type place struct{ program, dir string }
+
+// visible says what the process sees, and where it begins there.
+func (s *Sandbox) visible(c *Command, r reach) (at place, v *viewSpec, err error) {
 	if len(c.Argv) == 0 || !filepath.IsAbs(c.Argv[0]) {
-		return "", nil, fmt.Errorf("%w: want the absolute path of a program", ErrExec)
+		return place{}, nil, fmt.Errorf("%w: want the absolute path of a program", ErrExec)
 	}
-	program = c.Argv[0]
+	at = place{c.Argv[0], "/"}
+	if c.Dir != "" {
+		at.dir = c.Dir
+	}
 	paths := slices.Clone(c.FS)
 	covered := func(path string) bool {
 		return seen(path) || slices.ContainsFunc(paths, func(p Path) bool { return inside(path, p.Path) })
 	}
-	if !covered(program) {
-		if program, err = filepath.EvalSymlinks(program); err != nil {
-			return "", nil, fmt.Errorf("%w: %w", ErrExec, err)
+	if !covered(at.program) {
+		if at.program, err = filepath.EvalSymlinks(at.program); err != nil {
+			return place{}, nil, fmt.Errorf("%w: %w", ErrExec, err)
 		}
-		if !covered(program) {
-			paths = append(paths, Path{Path: program})
+		if !covered(at.program) {
+			paths = append(paths, Path{Path: at.program})
 		}
 	}
-	if dir := c.Dir; dir != "" && dir != "/" && dir != "/tmp" && !covered(dir) {
-		if dir, err = filepath.EvalSymlinks(dir); err != nil {
-			return "", nil, fmt.Errorf("%w: working directory: %w", ErrExec, err)
+	if at.dir != "/" && at.dir != "/tmp" && !covered(at.dir) {
+		if at.dir, err = filepath.EvalSymlinks(at.dir); err != nil {
+			return place{}, nil, fmt.Errorf("%w: working directory: %w", ErrExec, err)
 		}
-		if !covered(dir) {
-			paths = append(paths, Path{Path: dir})
+		if !covered(at.dir) {
+			paths = append(paths, Path{Path: at.dir})
 		}
 	}
 	hidden := s.o.Hidden
@@ -275,7 +281,7 @@ func (s *Sandbox) visible(c *Command, r reach) (program string, v *viewSpec, err
 		hidden = append(slices.Clone(hidden), s.o.RunDir)
 	}
 	v, err = newView(paths, hidden, r.hosts)
-	return program, v, err
+	return at, v, err
 }
 
 // files are the descriptors that a process is started with. Those of the parent
@@ -335,7 +341,7 @@ func (f *files) memory(name string, b []byte) (int, error) {
 // script is everything between birth and the program. The order matters: what
 // takes privileges comes before they are given up, what would refuse a later
 // step comes last.
-func (p *Process) script(c *Command, program string, v *viewSpec, r reach, open *files) (*script, uint64, error) {
+func (p *Process) script(c *Command, at place, v *viewSpec, r reach, open *files) (*script, uint64, error) {
 	s, sc := p.s, newScript()
 	var flags uint64
 	stdin := s.null
@@ -396,10 +402,7 @@ func (p *Process) script(c *Command, program string, v *viewSpec, r reach, open 
 	if rules >= 0 {
 		p.rules(sc, rules, v)
 	}
-	if c.Dir == "" {
-		c.Dir = "/"
-	}
-	sc.add("enter "+c.Dir, unix.SYS_CHDIR, sc.text(c.Dir))
+	sc.add("enter "+at.dir, unix.SYS_CHDIR, sc.text(at.dir))
 	p.surrender(sc, c)
 	if rules >= 0 {
 		sc.landlock(rules)
@@ -408,11 +411,11 @@ func (p *Process) script(c *Command, program string, v *viewSpec, r reach, open 
 	for _, fd := range secrets {
 		sc.add("pass a secret", unix.SYS_FCNTL, uintptr(fd), unix.F_SETFD, 0)
 	}
-	path, argv, envp := sc.text(program), sc.vector(c.Argv), sc.vector(env)
+	path, argv, envp := sc.text(at.program), sc.vector(c.Argv), sc.vector(env)
 	if s.filtered {
 		sc.seccomp(p.network(r))
 	}
-	sc.add("run "+program, unix.SYS_EXECVE, path, argv, envp)
+	sc.add("run "+at.program, unix.SYS_EXECVE, path, argv, envp)
 	return sc, flags, nil
 }
 
@@ -661,7 +664,10 @@ func (p *Process) release(ctx context.Context) (refusals []ebpf.Refusal, refused
 	defer p.s.mu.Unlock()
 	p.s.live--
 	if err != nil {
-		return refusals, refused, err // its user and namespace stay taken
+		if p.net >= 0 {
+			unix.Close(p.net)
+		}
+		return refusals, refused, err // its user stays taken
 	}
 	if p.uid != 0 {
 		p.s.uids = append(p.s.uids, p.uid)

@@ -83,6 +83,14 @@ func sh(script string) *Command { return &Command{Argv: []string{"/bin/sh", "-c"
 
 func TestRuns(t *testing.T) {
 	s := open(t)
+	real := elsewhere(t)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(real, link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(real, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	for name, tc := range map[string]struct {
 		cmd    *Command
 		status unix.WaitStatus
@@ -99,6 +107,7 @@ func TestRuns(t *testing.T) {
 		"devices":       {sh("echo x >/dev/null && head -c 3 /dev/zero | wc -c && head -c 5 /dev/urandom | wc -c"), 0, "3\n5\n"},
 		"no caps":       {sh("grep -h -e Cap[PE] -e NoNew -e ^Seccomp: /proc/self/status | tr -d '\t'"), 0, "CapPrm:0000000000000000\nCapEff:0000000000000000\nNoNewPrivs:1\nSeccomp:2\n"},
 		"as root":       {&Command{Argv: []string{"/bin/sh", "-c", "id -u; grep -h Cap[PEB] /proc/self/status | tr -d '\t'; cat /proc/1/environ | wc -c"}, User: &User{0, 0}}, 0, "0\nCapPrm:0000000000000000\nCapEff:0000000000000000\nCapBnd:0000000000000000\n0\n"},
+		"linked dir":    {&Command{Argv: []string{"/bin/pwd", "-P"}, Dir: link}, 0, real + "\n"},
 		"directory":     {&Command{Argv: []string{"/bin/pwd"}, Dir: "/usr/share"}, 0, "/usr/share\n"},
 		"descriptors":   {sh("ls /proc/self/fd | tr '\\n' ' '"), 0, "0 1 2 3 "}, // 3 is the directory that ls reads
 		"killed":        {sh("exec 2>/dev/null; sh -c 'kill -9 $$'; echo $?"), 0, "137\n"},
