@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
@@ -91,6 +92,7 @@ type node struct {
 	slots     *prepared.Slots
 	faults    []prepared.Fallback
 	local     *prepared.Active // from --policy
+	sandbox   *sandbox.Sandbox
 	tools     atomic.Pointer[tool.Registry]
 	memory    *memory
 	auth      *auth.Authenticator
@@ -149,6 +151,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
+	if err := n.openSandbox(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.sandbox.Close()) }()
 	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
 	registry, err := n.loadTools()
 	if err != nil {
@@ -437,7 +443,7 @@ func (n *node) provisioning() func(done, total int64) {
 }
 
 func (n *node) loadTools() (*tool.Registry, error) {
-	o := tool.Options{Logger: n.log}
+	o := tool.Options{Logger: n.log, Sandbox: n.sandbox}
 	if n.cfg.Tools == "" {
 		return tool.Parse(nil, o)
 	}
@@ -566,7 +572,7 @@ func (n *node) policyMismatch(m prepared.Mismatch) {
 func (n *node) noteStart(unknown int) {
 	n.note(wal.ClassLifecycle, event.NodeStarted, map[string]any{
 		"version": run.Version, "durability": n.cfg.Durability, "assurance": n.report.Load().Level, "listen": n.addrs,
-		"recovered_records": n.recovery.Records, "outcome_unknown": unknown,
+		"recovered_records": n.recovery.Records, "outcome_unknown": unknown, "sandbox": n.sandbox.Layers(),
 	})
 	n.notePolicy()
 	if unknown > 0 {
@@ -715,6 +721,7 @@ type Status struct {
 	Tools      []string          `json:"tools"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Assurance  assurance.Report  `json:"assurance"`
+	Sandbox    []sandbox.Layer   `json:"sandbox"` // what holds programs here
 }
 
 // PolicyStatus is the slots, and the operator's file while that is in force.
@@ -725,7 +732,7 @@ type PolicyStatus struct {
 
 func (n *node) status() any {
 	s := Status{NodeID: n.id, KeyID: n.keyID, Version: run.Version, StartedAt: n.started, Durability: n.cfg.Durability, Listen: n.addrs,
-		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.logStats(), Labels: n.cfg.Labels, Assurance: *n.report.Load()}
+		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.logStats(), Labels: n.cfg.Labels, Assurance: *n.report.Load(), Sandbox: n.sandbox.Layers()}
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}
