@@ -35,6 +35,7 @@ import (
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
+	"github.com/autonomyops/autonomy/node/mcp"
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
 	"github.com/autonomyops/autonomy/prepared"
@@ -80,6 +81,7 @@ type node struct {
 	local    *prepared.Active // from --policy
 	tools    atomic.Pointer[tool.Registry]
 	pipeline *call.Pipeline
+	mcp      *mcp.Endpoint
 	exporter *export.Exporter // nil: no endpoint
 	poller   *release.Poller  // nil: no control plane
 	client   *release.Client
@@ -138,8 +140,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err != nil {
 		return run.Exit(run.Integrity, fmt.Errorf("recover the log's calls: %w", err))
 	}
-	server := httpapi.New(httpapi.Options{
-		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
+	var server *httpapi.Server
+	n.mcp = mcp.New(mcp.Options{Pipeline: n.pipeline, Tools: n.tools.Load, Admit: func() (func(), bool) { return server.Admit() },
+		Logger: n.log, MaxBodyBytes: int(cfg.MaxBody)})
+	server = httpapi.New(httpapi.Options{
+		MCP: n.mcp, Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
 		MaxBodyBytes: int(cfg.MaxBody), MaxInFlight: cfg.MaxInFlight, MaxConns: cfg.MaxConns,
 	})
 	listeners, err := n.listen()
@@ -195,6 +200,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if serr := server.Shutdown(grace); serr != nil {
 		n.log.Warn("some calls did not end in time and were cancelled", "err", serr)
 	}
+	n.mcp.Close()
 	_ = servers.Wait() // a listener's failure has gone through failed
 	stopLoops()
 	background.Wait()
@@ -589,6 +595,7 @@ func (n *node) reloads(ctx context.Context) {
 			n.log.Error("reload refused: the tools in force stay", "err", err)
 		} else {
 			n.retire(n.tools.Swap(registry))
+			n.mcp.Refresh()
 			n.log.Info("tools reloaded", "tools", len(registry.List()))
 		}
 		if n.exporter != nil && n.exporter.Status().State == export.Exhausted {

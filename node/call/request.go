@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/strictjson"
+	"github.com/autonomyops/autonomy/node/tool"
 )
 
 // Request is one tool call as it came in, checked for form only.
@@ -20,6 +21,9 @@ type Request struct {
 
 	Caller      Caller `json:"-"` // who calls, established by the listener, never by the body
 	TraceParent string `json:"-"` // W3C traceparent header, checked by ParseTraceParent
+
+	// Progress takes the tool's reports while Do runs; nil when nobody listens.
+	Progress func(tool.Progress) `json:"-"`
 }
 
 // Caller is the authenticated principal.
@@ -58,6 +62,12 @@ func Decode(body []byte, r *Request) error {
 		}
 		return err
 	}
+	return r.Check()
+}
+
+// Check bounds the fields that a caller gave, whichever door they came by, and
+// sets missing params to {}. Do relies on it. An error is for the caller to read.
+func (r *Request) Check() error {
 	if len(r.Params) == 0 {
 		r.Params = json.RawMessage("{}")
 	}

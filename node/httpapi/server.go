@@ -35,11 +35,13 @@ type Options struct {
 	Status   func() any      // body of GET /v1/status, JSON-able
 	Ready    func() []string // what is not ready; empty: ready
 	Metrics  func(io.Writer) // Prometheus text
+	MCP      MCP             // serves /mcp; nil: there is no such path
 	Logger   *slog.Logger
 
 	MaxBodyBytes   int           // request body; default 256 KiB → 413
 	MaxHeaderBytes int           // request line and headers; default 8 KiB → 431
 	MaxInFlight    int           // calls at one time; default 1024 → 429
+	MaxExchanges   int           // open requests of /mcp, streams among them; default 1024 → 429
 	MaxConns       int           // open connections; default 16384
 	ReadTimeout    time.Duration // a whole request; default 10 s
 	IdleTimeout    time.Duration // between requests; default 60 s
@@ -51,6 +53,7 @@ const (
 	DefaultMaxBodyBytes   = 256 << 10
 	DefaultMaxHeaderBytes = 8 << 10
 	DefaultMaxInFlight    = 1024
+	DefaultMaxExchanges   = 1024
 	DefaultMaxConns       = 16384
 	DefaultReadTimeout    = 10 * time.Second
 	DefaultIdleTimeout    = 60 * time.Second
@@ -63,9 +66,13 @@ type Server struct {
 	http  fasthttp.Server
 	slots chan struct{} // one token per call in flight
 
-	ctx    context.Context // ends the calls that outlast Shutdown
-	cancel context.CancelFunc
-	bufs   sync.Pool // *[]byte, answers
+	exchanges chan struct{} // one token per open request of /mcp
+
+	ctx       context.Context // ends the calls that outlast Shutdown
+	cancel    context.CancelFunc
+	listening context.Context // ends when Shutdown begins: streams that wait for events
+	deafen    context.CancelFunc
+	bufs      sync.Pool // *[]byte, answers
 }
 
 // New makes a Server.
@@ -73,9 +80,11 @@ func New(o Options) *Server {
 	o.MaxBodyBytes = def(o.MaxBodyBytes, DefaultMaxBodyBytes)
 	o.MaxHeaderBytes = def(o.MaxHeaderBytes, DefaultMaxHeaderBytes)
 	o.MaxInFlight = def(o.MaxInFlight, DefaultMaxInFlight)
+	o.MaxExchanges = def(o.MaxExchanges, DefaultMaxExchanges)
 	o.MaxConns = def(o.MaxConns, DefaultMaxConns)
-	s := &Server{o: o, slots: make(chan struct{}, o.MaxInFlight)}
+	s := &Server{o: o, slots: make(chan struct{}, o.MaxInFlight), exchanges: make(chan struct{}, o.MaxExchanges)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.listening, s.deafen = context.WithCancel(s.ctx)
 	s.bufs.New = func() any { b := make([]byte, 0, 4096); return &b }
 	s.http = fasthttp.Server{
 		Name:                         "",
@@ -123,13 +132,14 @@ func (s *Server) Serve(ln net.Listener) error {
 // Shutdown stops accepting and waits for running calls until ctx ends; what
 // still runs then is cancelled and waited for.
 func (s *Server) Shutdown(ctx context.Context) error {
+	s.deafen()
 	err := s.http.ShutdownWithContext(ctx)
 	s.cancel()
 	if err != nil {
 		// Cancelled calls end at once; give them the time to record it.
 		again, stop := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer stop()
-		for len(s.slots) > 0 && again.Err() == nil {
+		for len(s.slots)+len(s.exchanges) > 0 && again.Err() == nil {
 			time.Sleep(5 * time.Millisecond)
 		}
 	}
@@ -141,6 +151,9 @@ type peerConn struct {
 	net.Conn
 	caller call.Caller
 }
+
+// NetConn is the connection underneath, as tls.Conn has it.
+func (c peerConn) NetConn() net.Conn { return c.Conn }
 
 type peerListener struct{ net.Listener }
 
@@ -242,12 +255,15 @@ func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 		path = "/v1/calls/"
 	}
 	method, handler := fasthttp.MethodGet, s.routes(path)
-	if path == "/v1/tool" {
+	switch path {
+	case "/v1/tool":
 		method = fasthttp.MethodPost
+	case "/mcp":
+		method = string(ctx.Method()) // the protocol's own affair
 	}
 	switch {
 	case handler == nil:
-		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /healthz, /readyz and /metrics")
+		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /mcp, /healthz, /readyz and /metrics")
 	case string(ctx.Method()) != method:
 		h.Set("Allow", method)
 		s.deny(ctx, fasthttp.StatusMethodNotAllowed, "method_not_allowed", "use "+method)
@@ -266,6 +282,10 @@ func (s *Server) routes(path string) func(*fasthttp.RequestCtx, call.Caller) {
 		return func(ctx *fasthttp.RequestCtx, _ call.Caller) { s.json(ctx, fasthttp.StatusOK, s.o.Status()) }
 	case "/v1/calls/":
 		return s.call
+	case "/mcp":
+		if s.o.MCP != nil {
+			return s.serveMCP
+		}
 	case "/healthz":
 		return func(ctx *fasthttp.RequestCtx, _ call.Caller) { s.json(ctx, fasthttp.StatusOK, health{"ok", nil}) }
 	case "/readyz":
@@ -274,6 +294,17 @@ func (s *Server) routes(path string) func(*fasthttp.RequestCtx, call.Caller) {
 		return s.metrics
 	}
 	return nil
+}
+
+// Admit takes one of the places for running calls; ok is false when none is
+// free. release gives it back, once.
+func (s *Server) Admit() (release func(), ok bool) {
+	select {
+	case s.slots <- struct{}{}:
+		return func() { <-s.slots }, true
+	default:
+		return nil, false
+	}
 }
 
 // tool serves POST /v1/tool.

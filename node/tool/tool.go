@@ -49,6 +49,7 @@ type (
 	Request  = executor.Request
 	Result   = executor.Result
 	Outcome  = executor.Outcome
+	Progress = executor.Progress
 	Executor = executor.Executor
 )
 
@@ -82,10 +83,17 @@ type Tool struct {
 	InputSchema json.RawMessage // JSON Schema 2020-12 of the params object
 	Digest      string          // "sha256:" + 64 hex over the RFC 8785 form of {"description","input_schema","kind"}
 	Timeout     time.Duration   // wall time of one call, at most
+	MCPName     string          // what MCP clients call it; "": as Kind
 
 	schema *jsonschema.Schema
 	exec   Executor
 }
+
+// Name is what MCP clients call the tool.
+func (t *Tool) Name() string { return cmp.Or(t.MCPName, t.Kind) }
+
+// MCPPrefix begins the kinds of tools that an upstream MCP server runs.
+const MCPPrefix = "tool.mcp."
 
 // Definition is what Digest is computed over.
 type definition struct {
