@@ -82,6 +82,7 @@ type node struct {
 	tools    atomic.Pointer[tool.Registry]
 	pipeline *call.Pipeline
 	mcp      *mcp.Endpoint
+	restarts *tool.Restarts   // of upstream MCP servers
 	exporter *export.Exporter // nil: no endpoint
 	poller   *release.Poller  // nil: no control plane
 	client   *release.Client
@@ -118,7 +119,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
-	registry, err := n.loadTools()
+	if n.restarts, err = tool.OpenRestarts(filepath.Join(cfg.StateDir, "mcp-restarts.json")); err != nil {
+		return run.Exit(run.Integrity, err)
+	}
+	registry, err := n.loadTools(ctx)
 	if err != nil {
 		return run.Exit(run.Usage, err)
 	}
@@ -358,16 +362,13 @@ func (n *node) Current() *prepared.Active {
 	return nil
 }
 
-func (n *node) loadTools() (*tool.Registry, error) {
-	o := tool.Options{Logger: n.log}
-	if n.cfg.Tools == "" {
-		return tool.Parse(nil, o)
-	}
-	return tool.Load(n.cfg.Tools, o)
+func (n *node) loadTools(ctx context.Context) (*tool.Registry, error) {
+	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Restarts: n.restarts})
 }
 
 // retire closes a registry that a reload replaced, once no call can hold it.
 func (n *node) retire(old *tool.Registry) {
+	old.Retire()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.oldTools = append(n.oldTools, old)
@@ -590,7 +591,10 @@ func (n *node) reloads(ctx context.Context) {
 		case <-hup:
 		}
 		run.Notify("RELOADING=1")
-		registry, err := n.loadTools()
+		if err := n.restarts.Reset(); err != nil {
+			n.log.Error("restarts of MCP servers not forgiven", "err", err)
+		}
+		registry, err := n.loadTools(ctx)
 		if err != nil {
 			n.log.Error("reload refused: the tools in force stay", "err", err)
 		} else {

@@ -164,6 +164,7 @@ var packages = []pkg{
 	{"node/tool/exectool", []string{"node/tool/executor", anyInternal}},
 	{"node/tool/fstool", []string{"node/tool/executor", anyInternal}},
 	{"node/tool/httptool", []string{"node/tool/executor", anyInternal}},
+	{"node/tool/mcptool", []string{"node/tool/executor", "node/tool/httptool", anyInternal}},
 	{"node/release", []string{"verify/...", "fingerprint", "prepared", anyInternal}},
 	{"node/export", []string{"wal", anyInternal}},
 
