@@ -42,6 +42,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"slices"
@@ -504,7 +505,10 @@ func (t *Tool) failed(ctx context.Context, l *link, err error) executor.Result {
 	switch {
 	case ctx.Err() != nil:
 		return executor.Stopped(ctx)
-	case errors.As(err, &refused) && !l.ended():
+	case l.ended() || errors.Is(err, mcp.ErrConnectionClosed) || errors.Is(err, io.EOF):
+	case !errors.As(err, &refused):
+		return executor.Fail(CodeContent, "the tool's answer cannot be read: "+clip(err.Error()))
+	default:
 		return executor.Fail(CodeUpstream, fmt.Sprintf("the MCP server answered with error %d: %s", refused.Code, clip(refused.Message)))
 	}
 	return executor.Fail(CodeLost, "the MCP server "+t.server.cfg.Name+" was lost during the call, whose effect is not known: "+clip(err.Error()))
