@@ -48,7 +48,7 @@ func Daemon() run.Daemon {
 	c := Defaults()
 	return run.Daemon{
 		Name:      "autonomy-node",
-		Short:     "decide, record and run the tool calls of AI agents on this machine",
+		Short:     "decide, record and run the tool calls of AI agents on this machine\n('autonomy-node mcp --help': MCP on standard input and output)",
 		EnvPrefix: EnvPrefix,
 		Bind:      c.Bind,
 		Validate:  c.Validate,
@@ -61,6 +61,10 @@ func Daemon() run.Daemon {
 		},
 	}
 }
+
+// Stdio is "autonomy-node mcp": MCP on standard input and output, passed on to a
+// node that runs.
+func Stdio() run.Daemon { return mcp.Stdio() }
 
 // node is what Run wires.
 type node struct {

@@ -36,10 +36,12 @@ import (
 	"log/slog"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/auth"
+	"github.com/modelcontextprotocol/go-sdk/jsonrpc"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"github.com/autonomyops/autonomy/internal/run"
@@ -131,13 +133,28 @@ func New(o Options) *Endpoint {
 }
 
 func newServer() *mcp.Server {
-	return mcp.NewServer(&mcp.Implementation{Name: "autonomy-node", Title: "AutonomyOps node", Version: run.Version}, &mcp.ServerOptions{
+	s := mcp.NewServer(&mcp.Implementation{Name: "autonomy-node", Title: "AutonomyOps node", Version: run.Version}, &mcp.ServerOptions{
 		Logger:       slog.New(slog.DiscardHandler), // its lines are about single requests, and hold what a client sent
 		Capabilities: &mcp.ServerCapabilities{Tools: &mcp.ToolCapabilities{ListChanged: true}},
 		Instructions: "Every call is decided by policy and recorded before it runs. " +
 			"A result with isError that says \"denied\" is a decision, not a fault: do not repeat the call unchanged; its text says what to do next.",
 		SupportedProtocolVersions: Versions,
 	})
+	s.AddReceivingMiddleware(toolsOnly)
+	return s
+}
+
+// served are the methods there are; the SDK would answer others with nothing in
+// them, as if there could be something.
+var served = map[string]bool{"initialize": true, "ping": true, "server/discover": true, "subscriptions/listen": true, "tools/list": true, "tools/call": true}
+
+func toolsOnly(next mcp.MethodHandler) mcp.MethodHandler {
+	return func(ctx context.Context, method string, r mcp.Request) (mcp.Result, error) {
+		if !served[method] && !strings.HasPrefix(method, "notifications/") {
+			return nil, &jsonrpc.Error{Code: jsonrpc.CodeMethodNotFound, Message: "this server has tools only: no " + method}
+		}
+		return next(ctx, method, r)
+	}
 }
 
 // The SDK takes a principal, binds sessions to it and hands it to the tool's

@@ -1,6 +1,7 @@
 package mcp_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/internal/testutil"
+	"github.com/autonomyops/autonomy/internal/testutil/mcpserver"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/httpapi"
 	"github.com/autonomyops/autonomy/node/mcp"
@@ -30,6 +33,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	mcpserver.Main()
 	goleak.VerifyTestMain(m,
 		// fasthttp's clock and worker cleaner run for the life of the process.
 		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1"),
@@ -55,6 +59,7 @@ const policy = `package autonomy
 import rego.v2
 
 decision := {"allow": true} if input.kind in {"tool.echo", "tool.exec.wait", "tool.exec.fail"}
+decision := {"allow": true} if startswith(input.kind, "tool.mcp.up.")
 decision := {"allow": false, "reasons": [{"code": "not_here", "message": "dates are secret"}]} if input.kind == "tool.exec.date"
 `
 
@@ -66,6 +71,12 @@ const toolsFile = `tools:
 `
 
 func open(t *testing.T, change func(*mcp.Options, *httpapi.Options)) *door {
+	t.Helper()
+	return serve(t, false, change)
+}
+
+// serve is open; upstream adds tool.mcp.up.*, the tools of the fixture.
+func serve(t *testing.T, upstream bool, change func(*mcp.Options, *httpapi.Options)) *door {
 	t.Helper()
 	d := &door{t: t}
 	dir := t.TempDir()
@@ -85,7 +96,15 @@ func open(t *testing.T, change func(*mcp.Options, *httpapi.Options)) *door {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d.tools, err = tool.Parse([]byte(toolsFile), tool.Options{}); err != nil {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := toolsFile
+	if upstream {
+		file += fmt.Sprintf("mcp:\n  up:\n    argv: [%q]\n    env: [%q]\n    tools: {\"*\": {}}\n", exe, mcpserver.Env+"=good")
+	}
+	if d.tools, err = tool.Parse([]byte(file), tool.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.tools.Close() })
@@ -514,4 +533,52 @@ func TestOverload(t *testing.T) {
 	}
 	cancel()
 	<-done
+}
+
+// TestUpstream: what an upstream MCP server answers arrives as it gave it, with
+// its progress, through decision and record.
+func TestUpstream(t *testing.T) {
+	d := serve(t, true, nil)
+	versions(t, func(t *testing.T, version string) {
+		d.t = t
+		var mu sync.Mutex
+		var progress []float64
+		s := d.connect(version, &sdk.ClientOptions{ProgressNotificationHandler: func(_ context.Context, r *sdk.ProgressNotificationClientRequest) {
+			mu.Lock()
+			defer mu.Unlock()
+			progress = append(progress, r.Params.Progress)
+		}})
+		res, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "tool.mcp.up.test_multiple_content_types"})
+		if err != nil || res.IsError || len(res.Content) != 3 {
+			t.Fatalf("%v, %+v", err, res)
+		}
+		if img, ok := res.Content[1].(*sdk.ImageContent); !ok || img.MIMEType != "image/png" || !bytes.HasPrefix(img.Data, []byte("\x89PNG")) {
+			t.Errorf("second content is %+v", res.Content[1])
+		}
+		if r, ok := res.Content[2].(*sdk.EmbeddedResource); !ok || r.Resource.URI != "test://mixed-content-resource" {
+			t.Errorf("third content is %+v", res.Content[2])
+		}
+		if res, err = s.CallTool(t.Context(), &sdk.CallToolParams{Name: "tool.mcp.up.test_error_handling"}); err != nil || !res.IsError || !strings.Contains(text(res), "intentionally") {
+			t.Errorf("%v, %+v", err, res)
+		}
+		if res, err = s.CallTool(t.Context(), &sdk.CallToolParams{Name: "tool.mcp.up.echo", Arguments: map[string]any{"a": 1}}); err != nil || mustJSON(t, res.StructuredContent) != `{"a":1}` {
+			t.Errorf("%v, %+v", err, res)
+		}
+		params := &sdk.CallToolParams{Name: "tool.mcp.up.test_tool_with_progress"}
+		params.SetProgressToken("p-1")
+		if res, err = s.CallTool(t.Context(), params); err != nil || text(res) != "done" {
+			t.Errorf("%v, %+v", err, res)
+		}
+		for end := time.Now().Add(testutil.Timeout); ; time.Sleep(time.Millisecond) { // the client handles them in its own time
+			mu.Lock()
+			got := fmt.Sprint(progress)
+			mu.Unlock()
+			if got == "[0 50 100]" {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("progress is %s", got)
+			}
+		}
+	})
 }
