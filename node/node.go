@@ -640,6 +640,12 @@ func (n *node) writeMetrics(w io.Writer) {
 	if n.exporter != nil {
 		n.exporter.WriteMetrics(w)
 	}
+	metrics.WriteGaugeUint64(w, "autonomy_node_mcp_sessions", uint64(n.mcp.Stats().Sessions))
+	for _, u := range n.tools.Load().Upstreams() {
+		metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_mcp_upstream_links{server=%q}`, u.Server), uint64(u.Links))
+		metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_mcp_upstream_restarts{server=%q}`, u.Server), uint64(u.Restarts))
+		metrics.WriteGaugeUint64(w, fmt.Sprintf(`autonomy_node_mcp_upstream_changed{server=%q}`, u.Server), uint64(len(u.Changed)))
+	}
 	st := n.wal.Stats()
 	metrics.WriteGaugeUint64(w, "autonomy_node_wal_durable_seq", st.DurableSeq)
 	metrics.WriteGaugeUint64(w, "autonomy_node_wal_used_bytes", uint64(st.UsedBytes))
@@ -670,6 +676,8 @@ type Status struct {
 	Export     *export.Status    `json:"export,omitempty"`
 	Release    *release.State    `json:"release,omitempty"`
 	Tools      []string          `json:"tools"`
+	Upstreams  []tool.Upstream   `json:"upstreams,omitempty"` // MCP servers
+	MCP        mcp.Stats         `json:"mcp"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Assurance  assurance.Report  `json:"assurance"`
 }
@@ -686,6 +694,7 @@ func (n *node) status() any {
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}
+	s.Upstreams, s.MCP = n.tools.Load().Upstreams(), n.mcp.Stats()
 	for _, t := range n.tools.Load().List() {
 		s.Tools = append(s.Tools, t.Kind)
 	}

@@ -15,10 +15,14 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/autonomyops/autonomy/internal/constraint"
+	"github.com/autonomyops/autonomy/internal/testutil/mcpserver"
 	"github.com/autonomyops/autonomy/node/tool"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	mcpserver.Main()
+	goleak.VerifyTestMain(m)
+}
 
 func parse(t *testing.T, file string) *tool.Registry {
 	t.Helper()

@@ -28,6 +28,18 @@ const MCPPrefix = "tool.mcp."
 // Restarts counts how often upstream MCP servers were started again.
 type Restarts = mcptool.Ledger
 
+// Upstream is how an upstream MCP server is now.
+type Upstream = mcptool.Status
+
+// Upstreams are the registry's upstream MCP servers.
+func (r *Registry) Upstreams() []Upstream {
+	var out []Upstream
+	for _, s := range r.upstreams {
+		out = append(out, s.Status())
+	}
+	return out
+}
+
 // OpenRestarts reads the counts at path, or begins them.
 func OpenRestarts(path string) (*Restarts, error) { return mcptool.OpenLedger(path) }
 

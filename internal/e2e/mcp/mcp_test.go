@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -55,18 +57,24 @@ type profile struct {
 
 func start(t *testing.T) *profile {
 	t.Helper()
+	tools := "      wait: {}\n"
+	for _, f := range fixtures {
+		tools += fmt.Sprintf("      %s: {mcp_name: %s}\n", f, f)
+	}
+	return startWith(t, "good", tools)
+}
+
+// startWith has the fixture in a mode as server "up", and of its tools those.
+func startWith(t *testing.T, mode, upstreamTools string) *profile {
+	t.Helper()
 	dir := t.TempDir()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &profile{socket: filepath.Join(dir, "s"), dir: dir}
-	var tools strings.Builder
-	fmt.Fprintf(&tools, "tools:\n  tool.echo: {}\n  tool.exec.wait: {argv: [/bin/sleep, \"60\"], timeout: 60s}\n  tool.exec.date: {argv: [/bin/date]}\n"+
-		"mcp:\n  up:\n    argv: [%q]\n    env: [%q, %q]\n    tools:\n      wait: {}\n", exe, mcpserver.Env+"=good", mcpserver.Dir+"="+dir)
-	for _, f := range fixtures {
-		fmt.Fprintf(&tools, "      %s: {mcp_name: %s}\n", f, f)
-	}
+	tools := fmt.Sprintf("tools:\n  tool.echo: {}\n  tool.exec.wait: {argv: [/bin/sleep, \"60\"], timeout: 60s}\n  tool.exec.date: {argv: [/bin/date]}\n"+
+		"mcp:\n  up:\n    argv: [%q]\n    env: [%q, %q]\n    tools:\n%s", exe, mcpserver.Env+"="+mode, mcpserver.Dir+"="+dir, upstreamTools)
 	write := func(name string, data []byte) string {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -85,7 +93,7 @@ func start(t *testing.T) *profile {
 	p.Process = testutil.Command{Path: testutil.Build(t, "autonomy-node"), Args: []string{
 		"--listen=127.0.0.1:0", "--listen=unix:" + p.socket, "--state-dir=" + filepath.Join(dir, "state"), "--durability=batched",
 		"--wal-max-bytes=16MiB", "--wal-segment-bytes=4MiB", "--keep-free=0", "--heartbeat-interval=0",
-		"--policy=" + write("bundle.tar.gz", bundle), "--tools=" + write("tools.yaml", []byte(tools.String())),
+		"--policy=" + write("bundle.tar.gz", bundle), "--tools=" + write("tools.yaml", []byte(tools)),
 	}}.Start(t)
 	p.url = "http://" + p.Addrs(t, 2)[0] + "/mcp"
 	return p
@@ -403,5 +411,91 @@ func TestKilledNodeLeavesNoUpstream(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatalf("the upstream lives on: %s", stat)
 		}
+	}
+}
+
+// TestOperatorAccepts: a tool that comes back as another is refused, shown in
+// the status, and taken again when the operator reloads the tools.
+func TestOperatorAccepts(t *testing.T) {
+	p := startWith(t, "swap-quiet", "      t: {}\n")
+	base := strings.TrimSuffix(p.url, "/mcp")
+	digest := func() string {
+		var list struct {
+			Tools []struct {
+				Name             string `json:"name"`
+				DefinitionDigest string `json:"definition_digest"`
+			} `json:"tools"`
+		}
+		ask(t, http.MethodGet, base+"/v1/tools", "", &list)
+		for _, tl := range list.Tools {
+			if tl.Name == "tool.mcp.up.t" {
+				return tl.DefinitionDigest
+			}
+		}
+		return ""
+	}
+	code := func() string {
+		var a struct {
+			Layer   string                  `json:"layer"`
+			Reasons []struct{ Code string } `json:"reasons"`
+			Error   struct{ Code string }   `json:"error"`
+		}
+		ask(t, http.MethodPost, base+"/v1/tool", `{"kind":"tool.mcp.up.t"}`, &a)
+		if len(a.Reasons) > 0 {
+			return a.Layer + " " + a.Reasons[0].Code
+		}
+		return a.Error.Code
+	}
+	until := func(want string) {
+		t.Helper()
+		for end := time.Now().Add(testutil.Timeout); ; time.Sleep(20 * time.Millisecond) {
+			got := code()
+			if got == want {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("the call gives %q, want %q", got, want)
+			}
+		}
+	}
+	first := digest()
+	until("upstream_lost") // its first process ends in its first call
+	until("runtime definition_changed")
+	if digest() != first {
+		t.Error("another digest is shown before the operator has accepted it")
+	}
+	var st struct {
+		Upstreams []struct {
+			Server   string   `json:"server"`
+			Restarts int      `json:"restarts"`
+			Changed  []string `json:"changed"`
+		} `json:"upstreams"`
+	}
+	ask(t, http.MethodGet, base+"/v1/status", "", &st)
+	if len(st.Upstreams) != 1 || st.Upstreams[0].Restarts == 0 || fmt.Sprint(st.Upstreams[0].Changed) != "[t]" {
+		t.Errorf("status says %+v", st)
+	}
+	p.Signal(syscall.SIGHUP)
+	until("upstream_lost") // so the call was let through
+	if digest() == first {
+		t.Error("the digest that was accepted is not shown")
+	}
+}
+
+// ask reads a JSON document from the node.
+func ask(t *testing.T, method, url, body string, into any) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(into); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -219,6 +219,30 @@ func (s *Server) Definitions() []Definition {
 // Tool is the executor for one of the Definitions.
 func (s *Server) Tool(name string) *Tool { return &Tool{s, name} }
 
+// Status is how a server is now.
+type Status struct {
+	Server   string   `json:"server"`
+	Links    int      `json:"links"`             // processes or sessions that live
+	Calls    int      `json:"calls"`             // running
+	Restarts int      `json:"restarts"`          // on account
+	Limit    int      `json:"max_restarts"`      // at it, the server stays down
+	Changed  []string `json:"changed,omitempty"` // the upstream's names of tools that were refused for another definition
+}
+
+// Status reports.
+func (s *Server) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Status{Server: s.cfg.Name, Restarts: s.restarts, Limit: s.cfg.MaxRestarts, Changed: slices.Sorted(maps.Keys(s.told))}
+	for _, sl := range s.slots {
+		st.Calls += sl.running
+		if sl.link != nil && !sl.link.ended() {
+			st.Links++
+		}
+	}
+	return st
+}
+
 // Retire closes each link as soon as no call runs on it: another registry has
 // taken over. A call that comes late still gets one.
 func (s *Server) Retire() {
