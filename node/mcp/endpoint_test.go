@@ -46,7 +46,7 @@ func (f fixed) Current() *prepared.Active { return f.a }
 
 // door is a served node API over a real log, policy and tools.
 type door struct {
-	t        *testing.T
+	t        testing.TB
 	log      *wal.Log
 	tools    *tool.Registry
 	endpoint *mcp.Endpoint
@@ -70,13 +70,13 @@ const toolsFile = `tools:
   tool.exec.date: {argv: [/bin/date]}
 `
 
-func open(t *testing.T, change func(*mcp.Options, *httpapi.Options)) *door {
+func open(t testing.TB, change func(*mcp.Options, *httpapi.Options)) *door {
 	t.Helper()
 	return serve(t, false, change)
 }
 
 // serve is open; upstream adds tool.mcp.up.*, the tools of the fixture.
-func serve(t *testing.T, upstream bool, change func(*mcp.Options, *httpapi.Options)) *door {
+func serve(t testing.TB, upstream bool, change func(*mcp.Options, *httpapi.Options)) *door {
 	t.Helper()
 	d := &door{t: t}
 	dir := t.TempDir()
@@ -114,7 +114,8 @@ func serve(t *testing.T, upstream bool, change func(*mcp.Options, *httpapi.Optio
 	t.Cleanup(func() { d.log.Close() })
 	quiet := slog.New(slog.DiscardHandler)
 	registry := func() *tool.Registry { return d.tools }
-	pipeline := call.New(call.Options{Log: d.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
+	_, batched := t.(*testing.B) // what is measured is the door, not the disk
+	pipeline := call.New(call.Options{Batched: batched, Log: d.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
 		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
 	mo := mcp.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, Admit: func() (func(), bool) { return d.server.Admit() }}
 	ho := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet,
