@@ -279,6 +279,7 @@ func watchPeer(c net.Conn, gone func()) (stop func()) {
 	if raw == nil {
 		return func() {}
 	}
+	_ = c.SetReadDeadline(time.Time{}) // fasthttp's own, for the request that was read
 	ended := make(chan struct{})
 	timer := time.AfterFunc(watchDelay, func() {
 		defer close(ended)

@@ -152,6 +152,33 @@ func TestBridgeNoticesTheClientLeave(t *testing.T) {
 	}
 }
 
+// TestBridgeWatchesLong: the time for reading a request is not the time that its
+// client is watched.
+func TestBridgeWatchesLong(t *testing.T) {
+	running, gone := make(chan struct{}), make(chan struct{})
+	a := bridge(t, func(o *httpapi.Options) { o.ReadTimeout = 100 * time.Millisecond }, func(w http.ResponseWriter, r *http.Request, _ call.Caller) {
+		close(running)
+		<-r.Context().Done()
+		close(gone)
+	})
+	c, _ := a.dial()
+	if _, err := io.WriteString(c, a.mcp("POST", "")); err != nil {
+		t.Fatal(err)
+	}
+	<-running
+	select {
+	case <-gone:
+		t.Fatal("a client that waits was taken for gone")
+	case <-time.After(300 * time.Millisecond):
+	}
+	c.Close()
+	select {
+	case <-gone:
+	case <-time.After(testutil.Timeout):
+		t.Error("the handler did not hear of it")
+	}
+}
+
 // TestBridgeKeepsPipelined: watching the connection takes nothing from it.
 func TestBridgeKeepsPipelined(t *testing.T) {
 	var calls atomic.Int32

@@ -111,6 +111,17 @@ func (l *link) ended() bool {
 	}
 }
 
+// survives tells an answer that could not be read from a link that broke over
+// it: the SDK gives both as the same kind of error, and ends a broken link at once.
+func (l *link) survives() bool {
+	select {
+	case <-l.dead:
+		return false
+	case <-time.After(goodbye):
+		return true
+	}
+}
+
 func (l *link) closing() bool { return l.stopping.Load() }
 
 // close ends the link and waits for that.
@@ -132,7 +143,8 @@ func (l *link) close() {
 	})
 }
 
-// goodbye is how long a server gets to take note of the end.
+// goodbye is how long a server gets to take note of the end, and a broken link
+// to end.
 const goodbye = 500 * time.Millisecond
 
 // definitions are those of the last list.

@@ -164,7 +164,6 @@ func (c *Config) complete() error {
 // Server is one upstream.
 type Server struct {
 	cfg    Config
-	env    []string
 	defs   map[string]Definition // as accepted, by the upstream's name
 	calls  chan struct{}         // one token per running call
 	ctx    context.Context       // ends at Close
@@ -530,9 +529,9 @@ func (t *Tool) failed(ctx context.Context, l *link, err error) executor.Result {
 	case ctx.Err() != nil:
 		return executor.Stopped(ctx)
 	case l.ended() || errors.Is(err, mcp.ErrConnectionClosed) || errors.Is(err, io.EOF):
-	case !errors.As(err, &refused):
+	case !errors.As(err, &refused) && l.survives():
 		return executor.Fail(CodeContent, "the tool's answer cannot be read: "+clip(err.Error()))
-	default:
+	case refused != nil:
 		return executor.Fail(CodeUpstream, fmt.Sprintf("the MCP server answered with error %d: %s", refused.Code, clip(refused.Message)))
 	}
 	return executor.Fail(CodeLost, "the MCP server "+t.server.cfg.Name+" was lost during the call, whose effect is not known: "+clip(err.Error()))
