@@ -58,8 +58,15 @@ func output(res *mcp.CallToolResult, limit int64) executor.Result {
 		}
 	}
 	encoded, err := executor.Encode(out)
-	if err != nil {
-		return executor.Fail(CodeContent, clip(err.Error()))
+	if err == nil && len(encoded) > executor.MaxOutput && out.Structured != nil {
+		out.Structured, out.Truncated = nil, true // it says mostly what the text says
+		encoded, err = executor.Encode(out)
+	}
+	switch {
+	case err != nil:
+		return executor.Fail(CodeContent, "the tool's answer: "+clip(err.Error()))
+	case len(encoded) > executor.MaxOutput:
+		return executor.Fail(CodeContent, fmt.Sprintf("the tool's answer has %d bytes as JSON, at most %d are kept: lower output_max", len(encoded), executor.MaxOutput))
 	}
 	if res.IsError {
 		return executor.Result{Outcome: executor.Error, Output: encoded, Code: CodeTool, Message: clip(first)}
