@@ -205,9 +205,12 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.log.Info("stopping", "timeout", cfg.Shutdown)
 	grace, cancel := context.WithTimeout(context.Background(), cfg.Shutdown)
 	defer cancel()
+	// A call of an MCP session does not hang on a connection: it is cancelled here.
+	late := context.AfterFunc(grace, n.mcp.Close)
 	if serr := server.Shutdown(grace); serr != nil {
 		n.log.Warn("some calls did not end in time and were cancelled", "err", serr)
 	}
+	late()
 	n.mcp.Close()
 	_ = servers.Wait() // a listener's failure has gone through failed
 	stopLoops()

@@ -316,8 +316,8 @@ func annotations(kind string) *mcp.ToolAnnotations {
 	return nil
 }
 
-// Close cancels running calls and ends all sessions. Serve must not be called
-// afterwards.
+// Close cancels running calls and ends all sessions; a second time it does
+// nothing more. What is served afterwards is cancelled at once.
 func (e *Endpoint) Close() {
 	e.cancel()
 	for _, s := range []*mcp.Server{e.single, e.lasting} {

@@ -92,7 +92,7 @@ func startWith(t *testing.T, mode, upstreamTools string) *profile {
 	}
 	p.Process = testutil.Command{Path: testutil.Build(t, "autonomy-node"), Args: []string{
 		"--listen=127.0.0.1:0", "--listen=unix:" + p.socket, "--state-dir=" + filepath.Join(dir, "state"), "--durability=batched",
-		"--wal-max-bytes=16MiB", "--wal-segment-bytes=4MiB", "--keep-free=0", "--heartbeat-interval=0",
+		"--wal-max-bytes=16MiB", "--wal-segment-bytes=4MiB", "--keep-free=0", "--heartbeat-interval=0", "--shutdown-timeout=500ms",
 		"--policy=" + write("bundle.tar.gz", bundle), "--tools=" + write("tools.yaml", []byte(tools)),
 	}}.Start(t)
 	p.url = "http://" + p.Addrs(t, 2)[0] + "/mcp"
@@ -369,6 +369,34 @@ func (p *profile) await(t *testing.T, note string) {
 		if time.Now().After(end) {
 			t.Fatalf("the upstream did not note %q", note)
 		}
+	}
+}
+
+// TestStopInMidCall: a node that is told to stop cancels what outlasts its
+// patience, upstream too, ends its sessions and streams, and exits 0.
+func TestStopInMidCall(t *testing.T) {
+	for _, revision := range []string{"2026-07-28", "2025-11-25"} {
+		t.Run(revision, func(t *testing.T) {
+			p := start(t)
+			c := mcp.NewClient(&mcp.Implementation{Name: "test", Version: "1"}, &mcp.ClientOptions{
+				ToolListChangedHandler: func(context.Context, *mcp.ToolListChangedRequest) {}}) // so a stream is open
+			cs, err := c.Connect(t.Context(), &mcp.StreamableClientTransport{Endpoint: p.url, MaxRetries: -1}, &mcp.ClientSessionOptions{ProtocolVersion: revision})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cs.Close()
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				_, _ = cs.CallTool(t.Context(), &mcp.CallToolParams{Name: "tool.mcp.up.wait"}) // its node goes away
+			}()
+			p.await(t, "waiting")
+			if code := p.Stop(t); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+			p.await(t, "cancelled")
+			<-done
+		})
 	}
 }
 
