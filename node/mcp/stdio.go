@@ -73,11 +73,14 @@ func (c *stdioConfig) validate() error {
 	}
 	u, err := url.Parse(c.url)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil {
-		return run.Exitf(run.Usage, "--url %q: want http://HOST:PORT", c.url)
+		return run.Exitf(run.Usage, "--url: want http://HOST:PORT or https://HOST:PORT, without a user")
 	}
 	c.url = strings.TrimSuffix(c.url, "/") + "/mcp"
 	var rt http.RoundTripper = tr
 	if c.tokenFile != "" {
+		if c.socket == "" && u.Scheme == "http" && !run.Loopback(u.Host) {
+			return run.Exitf(run.Usage, "--token-file: a token goes over https, to a socket, or to http on loopback, not to %s", c.url)
+		}
 		token, err := os.ReadFile(c.tokenFile)
 		if err != nil {
 			return run.Exit(run.Usage, fmt.Errorf("--token-file: %w", err))

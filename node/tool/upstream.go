@@ -164,6 +164,9 @@ func (u *upstream) decode(d *decoder, o Options) error {
 	if c.TokenFile == "" {
 		return nil
 	}
+	if !u.conf.Remote.Private() {
+		return errors.New("token_file: a token goes over https, or http to an address of this machine")
+	}
 	token, err := os.ReadFile(c.TokenFile)
 	if err != nil {
 		return fmt.Errorf("token_file: %w", err)

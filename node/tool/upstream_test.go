@@ -103,6 +103,7 @@ func TestBadUpstreams(t *testing.T) {
 		"address inside":     {server("{url: 'http://127.0.0.1:9/', tools: {'*': {}}}"), "loopback"},
 		"no token file":      {server("{url: 'https://a.example/', token_file: " + dir + "/none, tools: {'*': {}}}"), "token_file"},
 		"bad token":          {server("{url: 'https://a.example/', token_file: " + token + ", tools: {'*': {}}}"), "want one token"},
+		"token in the open":  {server("{url: 'http://a.example/', token_file: " + token + ", tools: {'*': {}}}"), "a token goes over https"},
 		"token of a program": {server("{argv: [/bin/true], token_file: " + token + ", tools: {'*': {}}}"), "are for a url"},
 		"no such program":    {server("{argv: [/bin/nonexistent], tools: {'*': {}}}"), "no such file"},
 		"no server":          {server("{argv: [/bin/true], tools: {'*': {}}}"), "tools.yaml:2: up: start MCP server up: connect"},

@@ -40,6 +40,13 @@ func NewGuard(rawURL string, allowPrivate []netip.Prefix, resolver Resolver) (*G
 // URL is the server's.
 func (g *Guard) URL() string { return g.url.String() }
 
+// Private reports whether nobody on the way reads what is sent: https, or http to
+// a loopback address written as one.
+func (g *Guard) Private() bool {
+	a, err := netip.ParseAddr(g.url.Hostname())
+	return g.url.Scheme == "https" || err == nil && a.IsLoopback()
+}
+
 // Within reports whether a policy's egress list holds the server. An entry that
 // is none is an error.
 func (g *Guard) Within(egress []string) (bool, error) {
