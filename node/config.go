@@ -16,8 +16,8 @@ import (
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
-	"github.com/autonomyops/autonomy/prepared"
 	"github.com/autonomyops/autonomy/node/trace"
+	"github.com/autonomyops/autonomy/prepared"
 )
 
 // EnvPrefix is put before a setting's name in the environment.

@@ -36,6 +36,7 @@ import (
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
+	"github.com/autonomyops/autonomy/node/mcp"
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
 	"github.com/autonomyops/autonomy/node/trace"
@@ -49,7 +50,7 @@ func Daemon() run.Daemon {
 	c := Defaults()
 	return run.Daemon{
 		Name:      "autonomy-node",
-		Short:     "decide, record and run the tool calls of AI agents on this machine",
+		Short:     "decide, record and run the tool calls of AI agents on this machine\n('autonomy-node mcp --help': MCP on standard input and output)",
 		EnvPrefix: EnvPrefix,
 		Bind:      c.Bind,
 		Validate:  c.Validate,
@@ -73,6 +74,10 @@ func Daemon() run.Daemon {
 	}
 }
 
+// Stdio is "autonomy-node mcp": MCP on standard input and output, passed on to a
+// node that runs.
+func Stdio() run.Daemon { return mcp.Stdio() }
+
 // node is what Run wires.
 type node struct {
 	cfg     Config
@@ -92,11 +97,13 @@ type node struct {
 	faults    []prepared.Fallback
 	local     *prepared.Active // from --policy
 	tools     atomic.Pointer[tool.Registry]
+	restarts  *tool.Restarts // of upstream MCP servers
 	memory    *memory
 	auth      *auth.Authenticator
 	limits    *auth.Limits
 	refusals  refusals
 	pipeline  *call.Pipeline
+	mcp       *mcp.Endpoint
 	exporter  *export.Exporter // nil: no endpoint
 	poller    *release.Poller  // nil: no control plane
 	client    *release.Client
@@ -149,8 +156,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
+	if n.restarts, err = tool.OpenRestarts(filepath.Join(cfg.StateDir, "mcp-restarts.json")); err != nil {
+		return run.Exit(run.Integrity, err)
+	}
 	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
-	registry, err := n.loadTools()
+	registry, err := n.loadTools(ctx)
 	if err != nil {
 		return run.Exit(run.Usage, err)
 	}
@@ -195,8 +205,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err != nil {
 		return run.Exit(run.Integrity, fmt.Errorf("recover the log's calls: %w", err))
 	}
+	n.mcp = mcp.New(mcp.Options{Pipeline: n.pipeline, Tools: n.tools.Load, Logger: n.log, MaxBodyBytes: int(cfg.MaxBody)})
 	server := httpapi.New(httpapi.Options{
-		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
+		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, MCP: n.mcp, Logger: n.log,
 		Auth: n.auth, AllowedHosts: cfg.Hosts, Refused: n.refusals.add,
 		MaxBodyBytes: int(cfg.MaxBody), MaxBodyMemory: int64(cfg.MaxBodyMemory), MaxConns: cfg.MaxConns,
 	})
@@ -275,9 +286,13 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.log.Info("stopping", "timeout", cfg.Shutdown)
 	grace, cancel := context.WithTimeout(context.Background(), cfg.Shutdown)
 	defer cancel()
+	// A call of an MCP session does not hang on a connection: it is cancelled here.
+	late := context.AfterFunc(grace, n.mcp.Close)
 	if serr := server.Shutdown(grace); serr != nil {
 		n.log.Warn("some calls did not end in time and were cancelled", "err", serr)
 	}
+	late()
+	n.mcp.Close()
 	_ = servers.Wait() // a listener's failure has gone through failed
 	stopLoops()
 	background.Wait()
@@ -436,16 +451,13 @@ func (n *node) provisioning() func(done, total int64) {
 	}
 }
 
-func (n *node) loadTools() (*tool.Registry, error) {
-	o := tool.Options{Logger: n.log}
-	if n.cfg.Tools == "" {
-		return tool.Parse(nil, o)
-	}
-	return tool.Load(n.cfg.Tools, o)
+func (n *node) loadTools(ctx context.Context) (*tool.Registry, error) {
+	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Restarts: n.restarts})
 }
 
 // retire closes a registry that a reload replaced, once no call can hold it.
 func (n *node) retire(old *tool.Registry) {
+	old.Retire()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.oldTools = append(n.oldTools, old)
@@ -701,6 +713,8 @@ type Status struct {
 	Export     *export.Status    `json:"export,omitempty"`
 	Release    *release.State    `json:"release,omitempty"`
 	Tools      []string          `json:"tools"`
+	Upstreams  []tool.Upstream   `json:"upstreams,omitempty"` // MCP servers
+	MCP        mcp.Stats         `json:"mcp"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Assurance  assurance.Report  `json:"assurance"`
 }
@@ -717,6 +731,7 @@ func (n *node) status() any {
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}
+	s.Upstreams, s.MCP = n.tools.Load().Upstreams(), n.mcp.Stats()
 	for _, t := range n.tools.Load().List() {
 		s.Tools = append(s.Tools, t.Kind)
 	}
