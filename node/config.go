@@ -37,6 +37,7 @@ type Config struct {
 	Hosts       []string          // names in the Host header beside the listener's address
 	StateDir    string            // wal/, policy/, release/, identity/
 	Policy      string            // bundle file used while no slot is active; needs no signature
+	PolicyCheck int               // one in so many decisions is made by both policy engines; 0: none
 	PolicyGood  time.Duration     // in force for so long, a policy is known good
 	PolicyWatch time.Duration     // a release's policy stays in shadow for so long; 0: not at all
 	FailOpen    []string          // fields that may be left out to make a denied call an allowed one
@@ -131,6 +132,7 @@ func (c *Config) Bind(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&c.Hosts, "allowed-host", c.Hosts, "accept `NAME` in the Host header beside the listener's address; repeatable")
 	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "keep log, policy slots and identity in `DIR`")
 	fs.StringVar(&c.Policy, "policy", c.Policy, "use policy `BUNDLE` while no release is active")
+	fs.IntVar(&c.PolicyCheck, "policy-self-check", c.PolicyCheck, "make one in `N` policy decisions by OPA's interpreter as well, and leave the policy to it where they differ; 0: none")
 	fs.DurationVar(&c.PolicyGood, "policy-health-window", c.PolicyGood, "a policy in force for `TIME` is known good: a later one that fails falls back to it")
 	fs.DurationVar(&c.PolicyWatch, "policy-shadow", c.PolicyWatch, "evaluate a release's policy beside the one in force for `TIME` before it decides; 0: at once")
 	fs.StringArrayVar(&c.FailOpen, "allow-fail-open", c.FailOpen, "let policies come into force that allow a denied call when `FIELD` (such as /params/header) is left out; recorded; repeatable")
@@ -223,6 +225,9 @@ func (c *Config) Validate() error {
 	}
 	if c.StateDir == "" {
 		fault("--state-dir is needed: no home directory is known")
+	}
+	if c.PolicyCheck < 0 {
+		fault("--policy-self-check is %d, want 0 for none, or one in how many decisions to check", c.PolicyCheck)
 	}
 	if c.Durability != "strict" && c.Durability != "batched" {
 		fault("--durability is %q, want strict or batched", c.Durability)

@@ -563,6 +563,18 @@ func (n *node) note(c wal.Class, eventType string, body any) {
 	}
 }
 
+// policyMismatch records that the compiled policy engine made a decision that
+// OPA's interpreter does not make, which evaluates the policy from now on.
+func (n *node) policyMismatch(m prepared.Mismatch) {
+	const what = "self-check: the engines disagree; the interpreter's decision counts, and it evaluates this policy from now on"
+	n.log.Error("policy "+what, "policy", m.Bundle.Ref(), "compiled", m.Compiled, "topdown", m.Topdown)
+	if n.pipeline == nil {
+		return // evaluated while starting, before there is a log
+	}
+	n.note(wal.ClassError, event.EvaluatorError, map[string]any{
+		"policy_ref": m.Bundle.Ref(), "error": what, "compiled": m.Compiled, "topdown": m.Topdown})
+}
+
 func (n *node) noteStart(unknown int) {
 	n.note(wal.ClassLifecycle, event.NodeStarted, map[string]any{
 		"version": run.Version, "durability": n.cfg.Durability, "assurance": n.report.Load().Level, "listen": n.addrs,

@@ -24,7 +24,8 @@ func compatible(b *prepared.Bundle) error { return verify.CheckRuntime(b.Require
 func (n *node) loadPolicy(ctx context.Context) error {
 	var err error
 	n.slots, n.faults, err = prepared.OpenSlots(ctx, filepath.Join(n.cfg.StateDir, "policy"),
-		prepared.SlotsOptions{HealthWindow: n.cfg.PolicyGood, Compatible: compatible})
+		prepared.SlotsOptions{HealthWindow: n.cfg.PolicyGood, Compatible: compatible,
+			Compile: prepared.Options{SelfCheck: n.cfg.PolicyCheck, OnMismatch: n.policyMismatch}})
 	if err != nil {
 		return err
 	}
@@ -41,7 +42,7 @@ func (n *node) loadPolicy(ctx context.Context) error {
 	if err := compatible(b); err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--policy %s: %w", n.cfg.Policy, err))
 	}
-	p, err := prepared.Compile(ctx, b)
+	p, err := n.slots.Compile(ctx, b)
 	if err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--policy %s: %w", n.cfg.Policy, err))
 	}

@@ -115,9 +115,11 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 		return nil, joined(faults)
 	}
 
-	// One store per program, holding AST values, never written again. The one
-	// read transaction lives as long as the program and is freed with it.
-	store := inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	data, err := irvm.FromJSON(parsed.Data)
+	if err != nil {
+		return nil, fmt.Errorf("data: %w", err)
+	}
+	var store storage.Store = &dataStore{data: data}
 	txn, err := store.NewTransaction(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open data: %w", err)
@@ -142,42 +144,45 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 		rego.ParsedQuery(ast.NewBody(ast.NewExpr(ast.NewTerm(entry)))),
 		rego.Compiler(c),
 		rego.Capabilities(capabilities()),
-		rego.Store(store),
-		rego.Transaction(txn),
 		rego.StrictBuiltinErrors(true),
 		rego.SetRegoVersion(ast.RegoV1),
 	}
-	query, err := rego.New(append(asked, rego.Target("rego"))...).PrepareForEval(ctx)
-	if err != nil {
-		return nil, err
-	}
-	usesTime := false
-	if c.Required != nil {
-		usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
-	}
-	p = &Program{
-		bundle: b.light(), query: query, usesTime: usesTime, limits: o.Limits.WithDefaults(),
-		options: []rego.EvalOption{
-			rego.EvalTransaction(txn),
-			rego.EvalMetrics(metrics.NoOp()),
-			rego.EvalGenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
-		},
-	}
+	p = &Program{bundle: b.light(), limits: o.Limits.WithDefaults()}
 	p.engine.every, p.engine.report = uint64(max(0, o.SelfCheck)), o.OnMismatch
-	p.vm, err = lower(ctx, parsed.Data, o, asked)
-	if err != nil {
+	if p.vm, err = lower(ctx, data, o, asked); err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 		p.vm = irvm.Empty(o.Limits)
 		p.engine.leave(err.Error())
+		// The interpreter has it all to do: a store that holds OPA's own values
+		// is the fastest for it.
+		store = inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+		if txn, err = store.NewTransaction(ctx); err != nil {
+			return nil, fmt.Errorf("open data: %w", err)
+		}
+	}
+
+	// The store is never written. The one read transaction lives as long as the
+	// program and is freed with it.
+	p.query, err = rego.New(append(asked, rego.Store(store), rego.Transaction(txn), rego.Target("rego"))...).PrepareForEval(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p.options = []rego.EvalOption{
+		rego.EvalTransaction(txn),
+		rego.EvalMetrics(metrics.NoOp()),
+		rego.EvalGenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
+	}
+	if c.Required != nil {
+		p.usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
 	}
 	return p, nil
 }
 
 // lower compiles the plan of the query. The error is the reason for which the
 // interpreter must evaluate it.
-func lower(ctx context.Context, data map[string]any, o Options, asked []func(*rego.Rego)) (*irvm.Program, error) {
+func lower(ctx context.Context, data irvm.Value, o Options, asked []func(*rego.Rego)) (*irvm.Program, error) {
 	if o.Engine == EngineTopdown {
 		return nil, errors.New("it was asked for")
 	}

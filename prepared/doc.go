@@ -9,7 +9,7 @@
 //	*Program       --Probe------->  refused, when leaving out a field turns a deny into an allow
 //	*Program       --Slots.Stage-->     candidate: evaluated beside the one in force, answers nobody
 //	*Program       --Slots.Activate-->  in force, on disk as active, former as lkg
-//	*Program       --Eval-------->  Decision
+//	*Program       --Eval------->  Decision    compiled engine, or OPA's interpreter
 //	*Program, recorded input  --Explain-->  which rules, lines and values made it
 //
 // What is refused is refused early: an archive that two readers could read in
@@ -35,6 +35,20 @@
 // wraps one of ErrUndefined, ErrEvaluation, ErrResult and ErrBudget. Nothing
 // becomes an allow that the policy did not say in full: an unknown field in its
 // answer, a limit of zero, or a reason of the wrong type denies the call.
+//
+// # Engines
+//
+// A program is evaluated by prepared/irvm, a machine for OPA's own plan of the
+// policy ("compiled"). What has no plan there is evaluated by OPA's interpreter
+// ("topdown"); Engine says which and why. The compiled engine gives up an
+// evaluation that it might not do exactly as the interpreter, and it is then
+// done again, as a whole, by the interpreter; so is each with an error. With
+// Options.SelfCheck a share of all evaluations is done by both. docs/adr has
+// the reasons.
+//
+// An evaluation is bounded in input bytes (MaxInputBytes), steps, time and
+// memory (EvalLimits; the interpreter in time only). Past a bound it ends with
+// ErrBudget, which denies.
 //
 // # Replay
 //

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strings"
 	"sync/atomic"
 
 	"github.com/autonomyops/autonomy/prepared/irvm"
@@ -110,8 +111,15 @@ func equalOrEmpty[T any](a, b []T) bool {
 }
 
 func outcome(d Decision, err error) string {
+	text := fmt.Sprintf("allow %t, reasons %v, constraints %+v, approval %s, redact %v", d.Allow, d.Reasons, d.Constraints, d.Approval, d.Redact)
 	if err != nil {
-		return "error: " + err.Error()
+		text = "error: " + err.Error()
 	}
-	return fmt.Sprintf("allow %t, reasons %v, constraints %+v, approval %s, redact %v", d.Allow, d.Reasons, d.Constraints, d.Approval, d.Redact)
+	if len(text) > maxOutcome {
+		text = strings.ToValidUTF8(text[:maxOutcome], "") + "…"
+	}
+	return text
 }
+
+// maxOutcome bounds a text of a Mismatch, in bytes.
+const maxOutcome = 1024

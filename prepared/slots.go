@@ -71,7 +71,8 @@ type Slots struct {
 
 // SlotsOptions configure OpenSlots.
 type SlotsOptions struct {
-	Limits Limits // for the bundles read back from disk; zero: DefaultLimits
+	Limits  Limits  // for the bundles read back from disk; zero: DefaultLimits
+	Compile Options // for the programs of both slots; see Slots.Compile
 	// HealthWindow is how long a policy must have been in force to be known
 	// good, by the wall clock. 0: every policy that served is.
 	HealthWindow time.Duration
@@ -538,7 +539,7 @@ func (s *Slots) read(ctx context.Context, slot string) (*Active, error) {
 			return nil, fmt.Errorf("not compatible with this program: %w", err)
 		}
 	}
-	p, err := Compile(ctx, b)
+	p, err := s.Compile(ctx, b)
 	if err != nil {
 		return nil, err
 	}
@@ -569,6 +570,11 @@ func (s *Slots) readFiles(slot string) (Meta, []byte, error) {
 func (s *Slots) intact(slot string, a *Active) bool {
 	m, raw, err := s.readFiles(slot)
 	return err == nil && m == a.Meta && bytes.Equal(raw, a.Program.bundle.Raw)
+}
+
+// Compile compiles a bundle that may become active, as the slots' own are.
+func (s *Slots) Compile(ctx context.Context, b *Bundle) (*Program, error) {
+	return CompileWith(ctx, b, s.opt.Compile)
 }
 
 func (s *Slots) path(parts ...string) string {

@@ -422,7 +422,11 @@ func (s *Server) deny(ctx *fasthttp.RequestCtx, status int, code, reason string)
 	if s.refuse(ctx, &queryFault{status: status, code: code, msg: reason}) {
 		return
 	}
-	a := call.Answer{Status: status, Decision: "deny", Layer: call.LayerRequest, Code: code, Reason: reason}
+	layer := call.LayerRequest
+	if status == fasthttp.StatusServiceUnavailable {
+		layer = call.LayerRuntime // nothing is wrong with the request
+	}
+	a := call.Answer{Status: status, Decision: "deny", Layer: layer, Code: code, Reason: reason}
 	s.answer(ctx, &a)
 }
 

@@ -55,7 +55,7 @@ func (e *Endpoint) call(ctx context.Context, kind string, r *mcp.CallToolRequest
 func (e *Endpoint) notAdmitted(err error) call.Answer {
 	a := call.Answer{Status: http.StatusTooManyRequests, Decision: "deny", Layer: call.LayerRequest, Code: "overloaded", Reason: err.Error() + ": this node is at its limit"}
 	if e.ctx.Err() != nil {
-		a.Status, a.Code, a.Reason = http.StatusServiceUnavailable, "shutting_down", "the node is stopping: denied"
+		a.Status, a.Layer, a.Code, a.Reason = http.StatusServiceUnavailable, call.LayerRuntime, "shutting_down", "the node is stopping: denied"
 	}
 	return a
 }
@@ -194,7 +194,7 @@ func next(a *call.Answer) string {
 		return "give this call a call_id of its own"
 	case a.Code == "first_call_running":
 		return "ask again later, with the same call_id"
-	case a.Layer == call.LayerRequest && a.Status == http.StatusServiceUnavailable:
+	case a.Code == "shutting_down":
 		return "try again when the node is back"
 	case a.Layer == call.LayerRequest:
 		return "correct the arguments to fit the tool's input schema"

@@ -40,7 +40,7 @@ func TestResult(t *testing.T) {
 		"budget":   {"tool.echo", call.Answer{Status: 429, Decision: "deny", Layer: call.LayerRequest, Code: "limit_budget", Reason: "used up", RetryAfter: 1500 * time.Millisecond}, true, []string{"code: limit_budget", "try again in 2 s"}, true},
 		"call_id":  {"tool.echo", call.Answer{Status: 409, Decision: "deny", Layer: call.LayerRequest, Code: "call_id_reused", Reason: "used"}, true, []string{"a call_id of its own"}, true},
 		"inside":   {"tool.echo", call.Answer{Status: 503, Decision: "deny", Layer: call.LayerRuntime, Code: "internal", Reason: "failed"}, true, []string{"tell its operator"}, true},
-		"stopping": {"tool.echo", call.Answer{Status: 503, Decision: "deny", Layer: call.LayerRequest, Code: "shutting_down", Reason: "stops"}, true, []string{"when the node is back"}, true},
+		"stopping": {"tool.echo", call.Answer{Status: 503, Decision: "deny", Layer: call.LayerRuntime, Code: "shutting_down", Reason: "stops"}, true, []string{"when the node is back"}, true},
 		"upstream": {"tool.mcp.s.t", call.Answer{Decision: "allow", Outcome: "ok", Output: json.RawMessage(`{"content":[{"type":"text","text":"theirs"}],"structured_content":[1]}`), AuditID: "x-1"},
 			false, []string{"theirs"}, false},
 		"upstream that is no MCP": {"tool.mcp.s.t", call.Answer{Decision: "allow", Outcome: "ok", Output: json.RawMessage(`{"x":1}`), AuditID: "x-1"}, false, []string{`{"x":1}`}, false},

@@ -419,7 +419,7 @@ func (p *Poller) activate(ctx context.Context, digest string, ev *verify.Evidenc
 	if err != nil {
 		return p.refuse(ctx, digest, ev, &verify.Error{Code: codeActivation, Detail: "read the bundle: " + err.Error()})
 	}
-	program, err := prepared.Compile(ctx, bundle)
+	program, err := p.o.Slots.Compile(ctx, bundle)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}

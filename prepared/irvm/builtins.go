@@ -64,6 +64,8 @@ func init() { // not a literal: some of them call others by name
 		"internal.member_3": func3(memberAt),
 		"object.get":        func3(objectGet),
 		"object.keys":       func1(objectKeys),
+		"object.union":      func2(objectUnion),
+		"object.remove":     func2(objectRemove),
 		"walk":              func1(walkValue),
 
 		"is_array":   func1(func(_ *Machine, a Value) Value { return boolValue(a.kind() == Array) }),
@@ -451,6 +453,70 @@ func objectKeys(m *Machine, a Value) Value {
 	}
 	s.tab, s.sorted = o.tab, o.sorted
 	return setValue(s)
+}
+
+// objectUnion has all of a and b; where both have a key, b's value, or the union
+// if both are objects.
+func objectUnion(m *Machine, a, b Value) Value {
+	if a.kind() != Object || b.kind() != Object {
+		return m.failed()
+	}
+	x, y := a.object(), b.object()
+	if len(x.keys) == 0 {
+		return b
+	}
+	if len(y.keys) == 0 {
+		return a
+	}
+	o := m.copyObject(x, len(y.keys))
+	for i, k := range y.keys {
+		m.charge(1)
+		v := y.vals[i]
+		if at := o.find(k, &m.steps); at < 0 {
+			m.insert(o, k, v)
+		} else if have := o.vals[at]; have.kind() == Object && v.kind() == Object {
+			o.vals[at] = objectUnion(m, have, v)
+		} else {
+			o.vals[at] = v
+		}
+	}
+	return objectValue(o)
+}
+
+// copyObject is a copy of o with room for more keys.
+func (m *Machine) copyObject(from *object, more int) *object {
+	n := len(from.keys)
+	m.charge(n)
+	o := m.newObject()
+	o.keys = append(m.takeValues(n + more)[:0], from.keys...)
+	o.vals = append(m.takeValues(n + more)[:0], from.vals...)
+	o.tab, o.sorted, o.base = m.index(nil, o.keys), from.sorted, from.base
+	return o
+}
+
+// has reports whether k is among the keys that a list, set or object names.
+func (m *Machine) has(names, k Value) bool {
+	switch names.kind() {
+	case Object:
+		return names.object().find(k, &m.steps) >= 0
+	case Set:
+		return names.set().find(k, &m.steps) >= 0
+	}
+	return member(m, k, names).isTrue()
+}
+
+func objectRemove(m *Machine, obj, names Value) Value {
+	if k := names.kind(); obj.kind() != Object || k != Object && k != Set && k != Array {
+		return m.failed()
+	}
+	from, o := obj.object(), m.newObject()
+	for i, k := range from.keys {
+		m.charge(1)
+		if !m.has(names, k) {
+			m.insert(o, k, from.vals[i])
+		}
+	}
+	return objectValue(o)
 }
 
 // walkValue lists the pairs of path and value of all that a contains.

@@ -53,21 +53,22 @@ type Program struct {
 
 // A function is a rule or a function of the policy: all definitions of one name.
 type function struct {
-	name   string
-	body   []*block
-	index  *ruleIndex
-	live   bool     // it calls a builtin that does not give the same every time
-	folded bool     // its value does not depend on the input, and is
-	value  Value    // this one
-	arity  int      // parameters, input and data among them
-	result ir.Local // the local of the value, and
-	ret    int      // its register
-	params []int    // registers of the parameters; -1: nothing reads it
-	nregs  int
-	shared ir.Local // the last local that all definitions share
-	memo   int      // place in the memo; -1: it has arguments
-	stack  int      // registers of the deepest chain of calls from here; 0: not known yet
-	calls  map[*function]bool
+	name    string
+	body    []*block
+	index   *ruleIndex
+	lowered bool     // the planner puts a function behind those that it calls
+	live    bool     // it calls a builtin that does not give the same every time
+	folded  bool     // its value does not depend on the input, and is
+	value   Value    // this one
+	arity   int      // parameters, input and data among them
+	result  ir.Local // the local of the value, and
+	ret     int      // its register
+	params  []int    // registers of the parameters; -1: nothing reads it
+	nregs   int
+	shared  ir.Local // the last local that all definitions share
+	memo    int      // place in the memo; -1: it has arguments
+	stack   int      // registers of the deepest chain of calls from here; 0: not known yet
+	calls   map[*function]bool
 }
 
 // A block is a sequence of statements. It ends early when one is undefined.
@@ -95,10 +96,9 @@ func (b *block) run(m *Machine, r []Value) int {
 	return next
 }
 
-// Compile lowers a plan over data, what OPA's bundle reader and encoding/json
-// with UseNumber make of a JSON object. The error wraps ErrUnsupported when the
-// plan uses what this machine has not.
-func Compile(plan *ir.Policy, data map[string]any, o Options) (p *Program, err error) {
+// Compile lowers a plan over data, which FromJSON made. The error wraps
+// ErrUnsupported when the plan uses what this machine has not.
+func Compile(plan *ir.Policy, data Value, o Options) (p *Program, err error) {
 	c := &compiler{
 		prog:   &Program{lenient: o.Lenient, limits: o.Limits.WithDefaults(), capabilities: o.Capabilities},
 		build:  builder{texts: map[string]string{}},
@@ -116,10 +116,7 @@ func Compile(plan *ir.Policy, data map[string]any, o Options) (p *Program, err e
 			p, err = nil, fmt.Errorf("%w: %s", ErrUnsupported, string(e))
 		}
 	}()
-	c.prog.data = c.build.fromJSON(data)
-	if c.build.err != nil {
-		return nil, c.build.err
-	}
+	c.prog.data = data
 	c.compile(plan)
 	c.prog.machines.New = func() any { return c.prog.newMachine() }
 	return c.prog, nil
@@ -182,6 +179,7 @@ func (c *compiler) compile(plan *ir.Policy) {
 			c.fn.params = append(c.fn.params, c.reader(p))
 		}
 		c.fn.nregs = len(c.regs)
+		c.fn.lowered = true
 		c.fold(c.fn)
 	}
 	c.fn, c.regs = &function{shared: ir.Data, calls: map[*function]bool{}}, map[ir.Local]int{}
@@ -712,7 +710,7 @@ func (c *compiler) funcNamed(name string) *function {
 	f := c.funcs[name]
 	if f != nil {
 		c.fn.calls[f] = true
-		c.fn.live = c.fn.live || f.live
+		c.fn.live = c.fn.live || f.live || !f.lowered
 	}
 	return f
 }

@@ -162,7 +162,11 @@ func compiledAnswers(ctx context.Context, tc cases.TestCase, options []func(*reg
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errPlan, err)
 	}
-	p, err := Compile(plan, data, Options{Lenient: !tc.StrictError, Capabilities: caps})
+	base, err := FromJSON(data)
+	if err != nil {
+		return nil, err
+	}
+	p, err := Compile(plan, base, Options{Lenient: !tc.StrictError, Capabilities: caps})
 	if err != nil {
 		return nil, err
 	}

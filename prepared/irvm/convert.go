@@ -1,6 +1,7 @@
 package irvm
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -20,11 +21,23 @@ func FromAST(v ast.Value) (Value, error) {
 	return out, b.err
 }
 
+// FromJSON is FromAST of what encoding/json makes of a JSON object with
+// UseNumber: the data of a policy.
+func FromJSON(object map[string]any) (Value, error) {
+	b := builder{texts: map[string]string{}, shapes: map[string][]Value{}}
+	out := b.fromJSON(object)
+	return out, b.err
+}
+
 // A builder makes Values that live as long as the Program: constants and data.
 type builder struct {
 	texts map[string]string // each text once
-	steps int               // not counted at load
-	err   error
+	// Data often has many objects with the same keys: the keys of each shape
+	// are there once. The index is the keys, each behind its length.
+	shapes map[string][]Value
+	shape  []byte
+	steps  int // not counted at load
+	err    error
 }
 
 func (b *builder) str(s string) Value {
@@ -84,13 +97,12 @@ func (b *builder) fromJSON(x any) Value {
 		}
 		return arrayValue(&array{elems: elems, fixed: true, base: true})
 	case map[string]any:
-		keys, vals := make([]Value, 0, len(x)), make([]Value, 0, len(x))
-		for _, k := range util.KeysSorted(x) {
-			keys, vals = append(keys, b.str(k)), append(vals, b.fromJSON(x[k]))
+		names := util.KeysSorted(x)
+		keys, vals := b.keysOf(names), make([]Value, len(x))
+		for i, k := range names {
+			vals[i] = b.fromJSON(x[k])
 		}
-		v := b.object(keys, vals)
-		v.object().base = true
-		return v
+		return objectValue(&object{keys: keys, vals: vals, tab: b.table(keys), sorted: true, fixed: true, base: true})
 	}
 	v, err := ast.InterfaceToValue(x)
 	if err != nil {
@@ -98,6 +110,28 @@ func (b *builder) fromJSON(x any) Value {
 		return Value{}
 	}
 	return b.fromAST(v)
+}
+
+// keysOf are the values of names, shared with other objects while they are few.
+func (b *builder) keysOf(names []string) []Value {
+	few := len(names) <= smallLen
+	if few {
+		b.shape = b.shape[:0]
+		for _, n := range names {
+			b.shape = append(binary.AppendUvarint(b.shape, uint64(len(n))), n...)
+		}
+		if known, ok := b.shapes[string(b.shape)]; ok {
+			return known
+		}
+	}
+	keys := make([]Value, len(names))
+	for i, n := range names {
+		keys[i] = b.str(n)
+	}
+	if few {
+		b.shapes[string(b.shape)] = keys
+	}
+	return keys
 }
 
 // object is one of keys, each there once.

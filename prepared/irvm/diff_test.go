@@ -71,7 +71,7 @@ func (g *generator) term(depth int) string {
 	case 9:
 		switch g.IntN(4) {
 		case 0:
-			return pick(g, "lower", "upper", "crypto.sha256", "trim_space", "base64.encode") + "(" + g.typed(texts, depth) + ")"
+			return pick(g, "lower", "upper", "crypto.sha256", "trim_space", "base64.encode", "base64.decode", "crypto.md5") + "(" + g.typed(texts, depth) + ")"
 		case 1:
 			return pick(g, "abs", "round", "ceil", "floor") + "(" + g.typed(numbers, depth) + ")"
 		case 2:
@@ -81,16 +81,19 @@ func (g *generator) term(depth int) string {
 	case 10:
 		switch g.IntN(3) {
 		case 0:
-			return pick(g, "split", "startswith", "contains", "trim", "trim_prefix", "indexof", "regex.match") + "(" + g.typed(texts, depth) + ", " + g.typed(texts, depth) + ")"
+			return pick(g, "split", "startswith", "contains", "trim", "trim_prefix", "indexof", "regex.match", "trim_suffix", "strings.count") + "(" + g.typed(texts, depth) + ", " + g.typed(texts, depth) + ")"
 		case 1:
 			return fmt.Sprintf(pick(g, "format_int(%s, 10)", "bits.and(%s, 3)", "time.clock(%s)", "array.slice(numbers.range(-3, 9), %s, 7)"), g.typed(numbers, depth))
 		}
-		return pick(g, "array.concat", "concat", "strings.any_prefix_match", "object.union", "json.filter") + "(" + g.any(depth) + ", " + g.any(depth) + ")"
+		return pick(g, "array.concat", "concat", "strings.any_prefix_match", "object.union", "object.remove", "object.filter", "json.filter") + "(" + g.any(depth) + ", " + g.any(depth) + ")"
 	case 11:
 		return `sprintf("` + pick(g, "%v-%d", "%s", "%v", "%d%%", "%5.2f", "%x") + `", [` + g.term(depth-1) + pick(g, "", ", "+g.leaf()) + "])"
 	case 12:
 		return "object.get(" + g.any(depth) + ", " + g.leaf() + ", " + g.leaf() + ")"
 	case 13:
+		if g.IntN(2) == 0 {
+			return "glob.match(" + pick(g, `"a*"`, `"{a,b}*"`, `"*.?"`) + pick(g, ", [], ", `, [","], `, ", null, ") + g.typed(texts, depth) + ")"
+		}
 		return "substring(" + g.typed(texts, depth) + ", " + pick(g, "0", "1", "3") + ", " + pick(g, "-1", "2", "9") + ")"
 	case 14:
 		if len(g.funcs) > 0 {
@@ -311,7 +314,11 @@ func compareEngines(t *testing.T, seed uint64, n *outcomes) {
 		n.refused++
 		return
 	}
-	p, err := Compile(plan, data, Options{Lenient: !strict})
+	base, err := FromJSON(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Compile(plan, base, Options{Lenient: !strict})
 	if err != nil {
 		t.Fatalf("seed %d: %v\n%s", seed, err, policy)
 	}

@@ -172,7 +172,7 @@ func (p *parser) object(depth int) Value {
 	for i := range keys {
 		keys[i], vals[i] = pairs[2*i], pairs[2*i+1]
 	}
-	m.stack = m.stack[:base]
+	m.pop(base)
 	if n > smallLen {
 		p.indexKeys(o)
 		return objectValue(o)
@@ -186,6 +186,12 @@ func (p *parser) object(depth int) Value {
 		}
 	}
 	return objectValue(o)
+}
+
+// pop takes all from base on off the stack.
+func (m *Machine) pop(base int) {
+	m.deep = max(m.deep, len(m.stack))
+	m.stack = m.stack[:base]
 }
 
 func (p *parser) duplicate(key Value) { p.refuse(fmt.Errorf("duplicate key %q", key.str())) }
@@ -217,7 +223,7 @@ func (p *parser) array(depth int) Value {
 	}
 	elems := m.takeValues(len(m.stack) - base)
 	copy(elems, m.stack[base:])
-	m.stack = m.stack[:base]
+	m.pop(base)
 	return m.newArray(elems)
 }
 

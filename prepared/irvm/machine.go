@@ -15,9 +15,9 @@ import (
 var (
 	// ErrBudget: the evaluation was cut because it took more steps, time or
 	// memory than its limits say, or because the context ended.
-	ErrBudget = errors.New("evaluation over its budget")
+	ErrBudget = errors.New("evaluation stopped")
 	// ErrInput: the input is not a strict JSON object.
-	ErrInput = errors.New("input refused")
+	ErrInput = errors.New("input")
 	// ErrRedo: the evaluation met something that this machine leaves to OPA's
 	// interpreter: a builtin that failed, rules that conflict. The whole
 	// evaluation must be done again there; its outcome, value or error, counts.
@@ -79,6 +79,7 @@ type Machine struct {
 
 	result  []Value // of ResultSetAdd
 	stack   []Value // of the parser
+	deep    int     // how many of the stack were used, once values were taken off it
 	now     int64   // time.now_ns
 	steps   int     // taken so far
 	next    int     // steps at which to look at clock and limits
@@ -331,8 +332,8 @@ func (m *Machine) sortValues(v []Value) {
 func (m *Machine) reset() {
 	clear(m.regs[:m.high])
 	clear(m.result)
-	clear(m.stack[:cap(m.stack)])
-	m.result, m.stack = m.result[:0], m.stack[:0]
+	clear(m.stack[:max(m.deep, len(m.stack))])
+	m.result, m.stack, m.deep = m.result[:0], m.stack[:0], 0
 	if cap(m.stack)*valueBytes > keepBytes {
 		m.stack = nil
 	}

@@ -156,6 +156,14 @@ func (v Value) Get(key string) Value {
 	return v.object().get(stringValue(key), &steps)
 }
 
+// Index is a member of an array, the zero Value if there is none.
+func (v Value) Index(i int) Value {
+	if v.kind() != Array || i < 0 || i >= v.length() {
+		return Value{}
+	}
+	return v.array().elems[i]
+}
+
 // Len is how many members a collection has.
 func (v Value) Len() int { return v.length() }
 

@@ -632,16 +632,13 @@ func (m *Machine) upsert(v Value, path []Value, val Value) Value {
 	if len(path) == 0 {
 		return val
 	}
-	o := m.newObject()
-	var below Value
-	if v.kind() == Object {
-		from := v.object()
-		m.charge(len(from.keys))
-		o.keys = append(m.takeValues(len(from.keys) + 1)[:0], from.keys...)
-		o.vals = append(m.takeValues(len(from.keys) + 1)[:0], from.vals...)
-		o.tab, o.base = m.index(nil, o.keys), from.base
-		below = o.get(path[0], &m.steps)
+	if v.kind() != Object {
+		o := m.newObject()
+		m.insert(o, path[0], m.upsert(Value{}, path[1:], val))
+		return objectValue(o)
 	}
+	o := m.copyObject(v.object(), 1)
+	below := o.get(path[0], &m.steps)
 	m.insert(o, path[0], m.upsert(below, path[1:], val))
 	return objectValue(o)
 }
@@ -652,12 +649,7 @@ func (m *Machine) merge(a, b Value) Value {
 		m.redo("documents at one path")
 	}
 	x, y := a.object(), b.object()
-	o := m.newObject()
-	n := len(x.keys) + len(y.keys)
-	m.charge(n)
-	o.keys = append(m.takeValues(n)[:0], x.keys...)
-	o.vals = append(m.takeValues(n)[:0], x.vals...)
-	o.tab, o.base = m.index(nil, o.keys), x.base
+	o := m.copyObject(x, len(y.keys))
 	for i, k := range y.keys {
 		v := y.vals[i]
 		if at := o.find(k, &m.steps); at >= 0 {

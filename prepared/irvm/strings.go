@@ -1,6 +1,10 @@
 package irvm
 
 import (
+	"crypto/md5"
+	"crypto/sha1"
+	"crypto/sha256"
+	"encoding/base64"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -35,6 +39,16 @@ var nativeStrings = map[string]any{
 
 	"regex.match":       special(regexMatch),
 	"net.cidr_contains": special(cidrContains),
+	"glob.match":        special(globMatch),
+
+	"crypto.sha256": digest(func(text, into []byte) []byte { h := sha256.Sum256(text); return append(into, h[:]...) }),
+	"crypto.sha1":   digest(func(text, into []byte) []byte { h := sha1.Sum(text); return append(into, h[:]...) }),
+	"crypto.md5":    digest(func(text, into []byte) []byte { h := md5.Sum(text); return append(into, h[:]...) }),
+
+	"base64.encode":           encoded(base64.StdEncoding),
+	"base64url.encode":        encoded(base64.URLEncoding),
+	"base64url.encode_no_pad": encoded(base64.RawURLEncoding),
+	"base64.decode":           func1(base64Decode),
 }
 
 // texts2 is a builtin of two strings.

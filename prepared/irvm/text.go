@@ -1,6 +1,9 @@
 package irvm
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
 	"net"
 	"net/netip"
 	"regexp"
@@ -8,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/gobwas/glob"
 )
 
 // regexMatch compiles a constant pattern once, and looks for a text that every
@@ -100,6 +105,79 @@ func shortest(texts []string) int {
 		n = min(n, len(t))
 	}
 	return n
+}
+
+// globMatch compiles a constant pattern with constant delimiters once.
+func globMatch(_ *compiler, args []operand, to result) op {
+	if !args[0].isConst() || args[0].value.kind() != String || !args[1].isConst() {
+		return nil
+	}
+	delimiters := []rune{}
+	switch d := args[1].value; d.kind() {
+	case Null:
+	case Array:
+		for _, e := range d.array().elems {
+			if e.kind() != String || utf8.RuneCountInString(e.str()) != 1 {
+				return nil
+			}
+			r, _ := utf8.DecodeRuneInString(e.str())
+			delimiters = append(delimiters, r)
+		}
+		if len(delimiters) == 0 {
+			delimiters = []rune{'.'} // what OPA takes then
+		}
+	default:
+		return nil
+	}
+	pattern, err := glob.Compile(args[0].value.str(), delimiters...)
+	if err != nil {
+		return nil
+	}
+	text := args[2]
+	return func(m *Machine, r []Value) int {
+		v := text.get(r)
+		if v.kind() != String {
+			return to.put(r, m.failed())
+		}
+		m.charge(2 * int(v.n))
+		return to.put(r, boolValue(pattern.Match(v.str())))
+	}
+}
+
+// digest is a builtin that prints a hash of a text.
+func digest(sum func(text, into []byte) []byte) func1 {
+	return func(m *Machine, a Value) Value {
+		if a.kind() != String {
+			return m.failed()
+		}
+		m.charge(int(a.n >> 3))
+		var buf [sha256.Size]byte
+		raw := sum(bytesOf(a.str()), buf[:0])
+		return made(hex.AppendEncode(m.takeText(2 * len(raw))[:0], raw))
+	}
+}
+
+// encoded is a builtin that writes a text in base 64.
+func encoded(enc *base64.Encoding) func1 {
+	return func(m *Machine, a Value) Value {
+		if a.kind() != String {
+			return m.failed()
+		}
+		m.charge(int(a.n >> 4))
+		return made(enc.AppendEncode(m.takeText(enc.EncodedLen(int(a.n)))[:0], bytesOf(a.str())))
+	}
+}
+
+func base64Decode(m *Machine, a Value) Value {
+	if a.kind() != String {
+		return m.failed()
+	}
+	m.charge(int(a.n >> 4))
+	out, err := base64.StdEncoding.AppendDecode(m.takeText(base64.StdEncoding.DecodedLen(int(a.n)))[:0], bytesOf(a.str()))
+	if err != nil {
+		return m.failed()
+	}
+	return made(out)
 }
 
 // cidrContains parses a constant network once. An address is looked up in it

@@ -123,6 +123,9 @@ func keptString(s string) Value {
 // stringOf is b as a string, without a copy: b must not be changed while it is in use.
 func stringOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
+// bytesOf is s as bytes, which must not be changed.
+func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
+
 func arrayValue(a *array) Value   { return Value{k: uint64(Array), p: unsafe.Pointer(a)} }
 func objectValue(o *object) Value { return Value{k: uint64(Object), p: unsafe.Pointer(o)} }
 func setValue(s *set) Value       { return Value{k: uint64(Set), p: unsafe.Pointer(s)} }
@@ -158,7 +161,6 @@ func (v Value) float() float64 {
 
 func (v Value) isNumber() bool { return v.kind() == Int || v.kind() == Decimal }
 func (v Value) isTrue() bool   { return v.kind() == Bool && v.n == 1 }
-func (v Value) isFalse() bool  { return v.kind() == Bool && v.n == 0 }
 
 // equal is Rego's equality. cost counts the values compared.
 func equal(a, b Value, cost *int) bool {
@@ -429,8 +431,8 @@ func lookup(v, k Value, cost *int) Value {
 			return e[i]
 		}
 	case Set:
-		if i := v.set().find(k, cost); i >= 0 {
-			return v.set().elems[i]
+		if v.set().find(k, cost) >= 0 {
+			return k // as it was asked for: 1.0, though the set has 1
 		}
 	}
 	return Value{}

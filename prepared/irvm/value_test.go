@@ -63,8 +63,13 @@ func num(s string) *ast.Term { return ast.NumberTerm(json.Number(s)) }
 // there and back are those of package ast.
 func TestValueLikeOPA(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
-	m := Empty(Limits{}).Machine(t.Context())
-	for range 20_000 {
+	p := Empty(Limits{})
+	rounds := 3000
+	if raceEnabled {
+		rounds = 500
+	}
+	for range rounds {
+		m := p.Machine(t.Context())
 		a, b := randomValue(r, 3), randomValue(r, 3)
 		if r.IntN(4) == 0 {
 			b = a
@@ -97,10 +102,7 @@ func TestValueLikeOPA(t *testing.T) {
 			t.Fatalf("%v is kept as %v", b, kept.AST())
 		}
 		checkJSON(t, x, a)
-		if m.mem < 1<<20 {
-			m.Release()
-			m = Empty(Limits{}).Machine(t.Context())
-		}
+		m.Release()
 	}
 }
 
