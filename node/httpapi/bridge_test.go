@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/testutil"
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/httpapi"
@@ -81,6 +82,25 @@ func TestBridgeCarriesOver(t *testing.T) {
 	}
 }
 
+// TestBridgeCallers: the caller is who the listener found, and the handler sees
+// no credential.
+func TestBridgeCallers(t *testing.T) {
+	file, tokens := tokenFile(t, "ci")
+	a, _ := withAuth(t, auth.Options{Tokens: file}, func(o *httpapi.Options) {
+		o.MCP = mcpFunc(func(w http.ResponseWriter, r *http.Request, c call.Caller) {
+			fmt.Fprintln(w, c.Key(), len(r.Header["Authorization"]))
+		})
+	})
+	if resp, body := a.request("POST", "/mcp", "Authorization: Bearer "+tokens[0]+"\r\n", "x"); resp.StatusCode != 200 || body != "token:ci 0\n" {
+		t.Errorf("%d %q", resp.StatusCode, body)
+	}
+	for _, header := range []string{"", "Authorization: Bearer x\r\n"} {
+		if resp, _ := a.request("POST", "/mcp", header, "x"); resp.StatusCode != 401 {
+			t.Errorf("%q: status %d", header, resp.StatusCode)
+		}
+	}
+}
+
 // TestBridgeStreams: what is flushed arrives while the handler still runs.
 func TestBridgeStreams(t *testing.T) {
 	next := make(chan string)
@@ -124,7 +144,7 @@ func TestBridgeStreams(t *testing.T) {
 // TestBridgeNoticesTheClientLeave: at once, in the middle of a silent handler,
 // whether it closes the connection or pipelines before it does.
 func TestBridgeNoticesTheClientLeave(t *testing.T) {
-	for name, after := range map[string]string{"closed": "", "pipelined": "GET /healthz HTTP/1.1\r\n\r\n"} {
+	for name, after := range map[string]string{"closed": "", "pipelined": "GET /healthz HTTP/1.1\r\n\r\n", "over a socket": ""} {
 		for _, stream := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, stream %v", name, stream), func(t *testing.T) {
 				running, gone := make(chan struct{}), make(chan struct{})
@@ -137,6 +157,12 @@ func TestBridgeNoticesTheClientLeave(t *testing.T) {
 					close(gone)
 				})
 				c, _ := a.dial()
+				if name == "over a socket" {
+					var err error
+					if c, err = net.Dial("unix", a.socket); err != nil {
+						t.Fatal(err)
+					}
+				}
 				if _, err := io.WriteString(c, a.mcp("POST", "")+after); err != nil {
 					t.Fatal(err)
 				}
@@ -259,6 +285,42 @@ func TestBridgeLimit(t *testing.T) {
 	close(release)
 	if _, err := http.ReadResponse(rd, nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestBridgeShares: one principal has half of the open requests at most.
+func TestBridgeShares(t *testing.T) {
+	running, release := make(chan struct{}, 2), make(chan struct{})
+	a := bridge(t, func(o *httpapi.Options) { o.MaxExchanges = 2 }, func(w http.ResponseWriter, r *http.Request, _ call.Caller) {
+		running <- struct{}{}
+		<-release
+	})
+	c, rd := a.dial()
+	if _, err := io.WriteString(c, a.mcp("POST", "")); err != nil {
+		t.Fatal(err)
+	}
+	<-running
+	if resp, _ := a.raw("tcp", a.mcp("POST", "")); resp.StatusCode != 429 {
+		t.Errorf("second of the same principal: status %d", resp.StatusCode)
+	}
+	other, err := net.Dial("unix", a.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if _, err := io.WriteString(other, a.mcp("POST", "")); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-running:
+	case <-time.After(testutil.Timeout):
+		t.Error("another principal got no place")
+	}
+	close(release)
+	for _, rd := range []*bufio.Reader{rd, bufio.NewReader(other)} {
+		if resp, err := http.ReadResponse(rd, nil); err != nil || resp.StatusCode != 200 {
+			t.Error(resp, err)
+		}
 	}
 }
 

@@ -62,7 +62,7 @@ type Options struct {
 
 	MaxBodyBytes   int           // one request; default 256 KiB
 	MaxSessions    int           // open sessions of the older protocol; default 256 → 503
-	MaxPerCaller   int           // of these, of one principal; default 128 → 429
+	MaxPerCaller   int           // of these, of one principal; default 128 → 503
 	SessionTimeout time.Duration // a session without requests is closed; default 30 min
 }
 

@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/autonomyops/autonomy/internal/auth"
+	"github.com/autonomyops/autonomy/internal/metric"
 	"github.com/autonomyops/autonomy/internal/run"
 	"github.com/autonomyops/autonomy/internal/testutil"
 	"github.com/autonomyops/autonomy/internal/testutil/mcpserver"
@@ -50,7 +51,8 @@ type door struct {
 	t        testing.TB
 	log      *wal.Log
 	tools    *tool.Registry
-	gate     *call.Gate
+	pipeline *call.Pipeline
+	gate     *call.Gate // of pipeline
 	endpoint *mcp.Endpoint
 	server   *httpapi.Server
 	url      string // http://ADDR/mcp
@@ -74,11 +76,12 @@ const toolsFile = `tools:
 
 func open(t testing.TB, change func(*mcp.Options, *httpapi.Options)) *door {
 	t.Helper()
-	return serve(t, false, change)
+	return serve(t, false, nil, change)
 }
 
-// serve is open; upstream adds tool.mcp.up.*, the tools of the fixture.
-func serve(t testing.TB, upstream bool, change func(*mcp.Options, *httpapi.Options)) *door {
+// serve is open; upstream adds tool.mcp.up.*, the tools of the fixture, and
+// limits hold the callers, if not nil.
+func serve(t testing.TB, upstream bool, limits *auth.Limits, change func(*mcp.Options, *httpapi.Options)) *door {
 	t.Helper()
 	d := &door{t: t}
 	dir := t.TempDir()
@@ -118,12 +121,12 @@ func serve(t testing.TB, upstream bool, change func(*mcp.Options, *httpapi.Optio
 	registry := func() *tool.Registry { return d.tools }
 	_, batched := t.(*testing.B) // what is measured is the door, not the disk
 	pipeline := call.New(call.Options{Batched: batched, Log: d.log, Policies: fixed{&prepared.Active{Program: program}}, Tools: registry, Logger: quiet,
-		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }})
+		NodeID: "n", Assurance: func() string { return "none" }, Agent: func() call.Agent { return call.Agent{} }, Limits: limits})
 	anyone, err := auth.Open(auth.Options{Anonymous: true, Logger: quiet})
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.gate = pipeline.Gate()
+	d.pipeline, d.gate = pipeline, pipeline.Gate()
 	mo := mcp.Options{Pipeline: pipeline, Tools: registry, Logger: quiet}
 	ho := httpapi.Options{Pipeline: pipeline, Tools: registry, Logger: quiet, Auth: anyone,
 		Status: func() any { return nil }, Ready: func() []string { return nil }, Metrics: func(io.Writer, bool) string { return "" }}
@@ -544,10 +547,118 @@ func TestOverload(t *testing.T) {
 	<-done
 }
 
+// TestGate: the places are those of POST /v1/tool, and a call that finds none
+// waits for one.
+func TestGate(t *testing.T) {
+	d := open(t, nil)
+	d.gate.Set(call.GateOptions{MaxRunning: 1, MaxWaiting: 1, MaxWait: testutil.Timeout})
+	admitted := func(running, waiting int) {
+		t.Helper()
+		want := fmt.Sprintf("autonomy_node_admission_running %d\nautonomy_node_admission_waiting %d\n", running, waiting)
+		testutil.Eventually(t, testutil.Timeout, want, func() error {
+			b, out := metric.NewBuffer(false), &bytes.Buffer{}
+			d.pipeline.WriteMetrics(b)
+			if err := b.Expose(out, nil); err != nil {
+				return err
+			}
+			if !strings.Contains(out.String(), want) {
+				return errors.New("it is otherwise")
+			}
+			return nil
+		})
+	}
+	versions(t, func(t *testing.T, version string) {
+		d.t = t
+		s := d.connect(version, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var calls sync.WaitGroup
+		defer calls.Wait()
+		calls.Go(func() {
+			_, _ = s.CallTool(ctx, &sdk.CallToolParams{Name: "tool.exec.wait"}) // cancelled below
+		})
+		admitted(1, 0)
+		calls.Go(func() {
+			if res, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "tool.echo"}); err != nil || res.IsError {
+				t.Errorf("the call that waited: %v, %+v", err, res)
+			}
+		})
+		admitted(1, 1)
+		tr := &http.Transport{DisableKeepAlives: true}
+		resp, err := (&http.Client{Transport: tr}).Post(strings.TrimSuffix(d.url, "/mcp")+"/v1/tool", "application/json", strings.NewReader(`{"kind":"tool.echo"}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != 429 {
+			t.Errorf("POST /v1/tool while all places are taken: status %d", resp.StatusCode)
+		}
+		cancel()
+		calls.Wait()
+		admitted(0, 0)
+	})
+}
+
+// TestLimits: the limits of a caller hold here as at every door.
+func TestLimits(t *testing.T) {
+	for _, version := range mcp.Versions[:2] {
+		t.Run(version, func(t *testing.T) {
+			callers, err := auth.ParseCallers([]byte("principals: {loopback: {limits: {per_day: 1}}}"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			limits, err := auth.NewLimits(func() *auth.Callers { return callers }, filepath.Join(t.TempDir(), "budget.json"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := serve(t, false, limits, nil).connect(version, nil)
+			if res, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "tool.echo"}); err != nil || res.IsError {
+				t.Fatalf("first: %v, %+v", err, res)
+			}
+			res, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "tool.echo"})
+			if err != nil || !res.IsError || !strings.Contains(text(res), "code: limit_budget") || !strings.Contains(text(res), "next: try again in") {
+				t.Fatalf("second: %v, %+v", err, res)
+			}
+			if after, ok := res.Meta[mcp.MetaPrefix+"retry_after"].(float64); !ok || after < 1 || after > 86400 {
+				t.Errorf("retry_after is %v", res.Meta)
+			}
+		})
+	}
+}
+
+// TestShutdownWaitsForSessions: a call of a session runs on without its
+// connection. A stop gives it the time that calls get, and then it is cancelled
+// and recorded before the server is done.
+func TestShutdownWaitsForSessions(t *testing.T) {
+	d := open(t, nil)
+	_, h, _ := d.post(initialize, nil)
+	session := "Mcp-Protocol-Version: 2025-11-25\r\nMcp-Session-Id: " + h.Get("Mcp-Session-Id")
+	d.post(`{"jsonrpc":"2.0","method":"notifications/initialized"}`, map[string]string{"Mcp-Protocol-Version": "2025-11-25", "Mcp-Session-Id": h.Get("Mcp-Session-Id")})
+	host := strings.TrimSuffix(strings.TrimPrefix(d.url, "http://"), "/mcp")
+	c, err := net.Dial("tcp", host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"tool.exec.wait","arguments":{}}}`
+	fmt.Fprintf(c, "POST /mcp HTTP/1.1\r\nHost: %s\r\nAccept: application/json, text/event-stream\r\nContent-Type: application/json\r\n%s\r\nContent-Length: %d\r\n\r\n%s", host, session, len(body), body)
+	d.await("the decision", func(recs []call.Record) bool { return len(recs) == 1 })
+	c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	defer context.AfterFunc(ctx, d.endpoint.Close)() // as the node does
+	if err := d.server.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Shutdown: %v", err)
+	}
+	if n := d.gate.Running(); n != 0 {
+		t.Errorf("%d calls still run", n)
+	}
+	d.await("its end", func(recs []call.Record) bool { return len(recs) == 2 && recs[1].Outcome == "killed" })
+}
+
 // TestUpstream: what an upstream MCP server answers arrives as it gave it, with
 // its progress, through decision and record.
 func TestUpstream(t *testing.T) {
-	d := serve(t, true, nil)
+	d := serve(t, true, nil, nil)
 	versions(t, func(t *testing.T, version string) {
 		d.t = t
 		var mu sync.Mutex
