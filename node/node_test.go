@@ -337,6 +337,61 @@ func TestFileWatch(t *testing.T) {
 	have("tool.echo")
 }
 
+// TestUpstreamReload: a reload starts what the file names, shows it over MCP too,
+// forgives restarts, and a refused one leaves all as it is.
+func TestUpstreamReload(t *testing.T) {
+	restarts := ""
+	r := start(t, func(c *node.Config) {
+		restarts = filepath.Join(c.StateDir, "mcp-restarts.json")
+		if err := errors.Join(os.MkdirAll(c.StateDir, 0o700), os.WriteFile(restarts, []byte(`{"up":1000}`), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	reload := func(file string, status int) {
+		t.Helper()
+		r.write("tools.yaml", file)
+		if got, body, _ := r.ask(r.admin, "POST", "/v1/reload", ""); got != status {
+			t.Fatalf("reload: %d %s", got, body)
+		}
+	}
+	list := func() string {
+		t.Helper()
+		_, out, _ := r.ask(http.DefaultClient, "POST", "/mcp", `{"jsonrpc":"2.0","id":1,"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientInfo":{"name":"t","version":"1"},"io.modelcontextprotocol/clientCapabilities":{}}}}`,
+			"Content-Type", "application/json", "Accept", "application/json, text/event-stream", "Mcp-Protocol-Version", "2026-07-28", "Mcp-Method", "tools/list")
+		var list struct {
+			Result struct{ Tools []struct{ Name string } }
+		}
+		if err := json.Unmarshal([]byte(out), &list); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		var names []string
+		for _, tl := range list.Result.Tools {
+			names = append(names, tl.Name)
+		}
+		return strings.Join(names, " ")
+	}
+	reload(tools, 200)
+	if data, err := os.ReadFile(restarts); err != nil || strings.Contains(string(data), "up") {
+		t.Errorf("restarts after a reload: %s, %v", data, err)
+	}
+	const both = "tool.echo tool.mcp.up.echo"
+	reload(tools+upstream(t), 200)
+	if got := list(); got != both {
+		t.Errorf("over MCP there are %q", got)
+	}
+	if _, status, _ := r.ask(http.DefaultClient, "GET", "/v1/status", ""); !strings.Contains(status, `"server":"up","links":1`) {
+		t.Errorf("no upstream in %s", status)
+	}
+	reload(tools+"mcp:\n  up:\n    argv: [/bin/false]\n    tools: {echo: {}}\n", 422)
+	if got := list(); got != both {
+		t.Errorf("after a refused reload there are %q", got)
+	}
+	reload(tools, 200)
+	if got := list(); got != "tool.echo" {
+		t.Errorf("without the upstream there are %q", got)
+	}
+}
+
 // TestWideEvent: --log-calls logs one line with what is known of a call, and
 // neither its params nor its output.
 func TestWideEvent(t *testing.T) {
