@@ -33,7 +33,7 @@ var Metrics = slices.Concat(call.Metrics, metric.Table{
 	{Name: "autonomy_node_policy_active", Type: metric.TypeGauge, Unit: "boolean", Help: "1 while a policy is in force; without one every call is denied."},
 	{Name: "autonomy_node_policy_serving", Type: metric.TypeGauge, Unit: "boolean", Labels: "slot", Help: "1 for what answers calls: active, lkg, local (--policy), none."},
 	{Name: "autonomy_node_policy_shadow_calls", Type: metric.TypeGauge, Unit: "calls", Labels: "result",
-		Help: "Calls that the policy in shadow was asked too, by how its answer compares: same, stricter, looser, other, failed, skipped. Only while there is one."},
+		Help: "Calls that the policy in shadow was asked too, by how its answer compares: same, stricter, looser, other, failed, skipped. 0 while there is none."},
 	{Name: "autonomy_node_policy_slot_faults", Type: metric.TypeGauge, Unit: "slots", Help: "Policy slots found damaged at start."},
 	{Name: "autonomy_node_mcp_sessions", Type: metric.TypeGauge, Unit: "sessions", Help: "Open MCP sessions, of the protocol's revisions before 2026-07-28."},
 	{Name: "autonomy_node_mcp_upstream_links", Type: metric.TypeGauge, Unit: "links", Labels: "server", Help: "Processes or sessions of an upstream MCP server that live."},

@@ -215,9 +215,6 @@ func TestMetrics(t *testing.T) {
 		exposed[name] = true
 	}
 	for _, d := range node.Metrics {
-		if d.Name == "autonomy_node_policy_shadow_calls" {
-			continue // only while a policy is in shadow
-		}
 		if !exposed[d.Name] {
 			t.Errorf("%s is in the table and not exposed", d.Name)
 		}

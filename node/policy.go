@@ -204,10 +204,10 @@ func (n *node) policyMetrics(b *metric.Buffer) {
 	b.Uint("autonomy_node_policy_active", "", active)
 	b.Uint("autonomy_node_policy_serving", fmt.Sprintf("slot=%q", serving), 1)
 	b.Uint("autonomy_node_policy_slot_faults", "", uint64(len(st.Fallbacks)))
-	if st.Candidate == nil {
-		return
+	var s prepared.ShadowStats
+	if st.Candidate != nil {
+		s = st.Candidate.Shadow
 	}
-	s := st.Candidate.Shadow
 	for _, c := range []struct {
 		result string
 		n      uint64
