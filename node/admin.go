@@ -126,8 +126,8 @@ func answer(w http.ResponseWriter, v any) {
 	_ = json.NewEncoder(w).Encode(v) // the peer has gone
 }
 
-func (a *admin) reload(w http.ResponseWriter, _ *http.Request) {
-	if err := a.n.reload(); err != nil {
+func (a *admin) reload(w http.ResponseWriter, r *http.Request) {
+	if err := a.n.reload(r.Context()); err != nil {
 		problem.Write(w, problem.New(http.StatusUnprocessableEntity, "reload_refused", err.Error()))
 		return
 	}

@@ -35,6 +35,12 @@ var Metrics = slices.Concat(call.Metrics, metric.Table{
 	{Name: "autonomy_node_policy_shadow_calls", Type: metric.TypeGauge, Unit: "calls", Labels: "result",
 		Help: "Calls that the policy in shadow was asked too, by how its answer compares: same, stricter, looser, other, failed, skipped. 0 while there is none."},
 	{Name: "autonomy_node_policy_slot_faults", Type: metric.TypeGauge, Unit: "slots", Help: "Policy slots found damaged at start."},
+	{Name: "autonomy_node_mcp_sessions", Type: metric.TypeGauge, Unit: "sessions", Help: "Open MCP sessions, of the protocol's revisions before 2026-07-28."},
+	{Name: "autonomy_node_mcp_upstream_links", Type: metric.TypeGauge, Unit: "links", Labels: "server", Help: "Processes or sessions of an upstream MCP server that live."},
+	{Name: "autonomy_node_mcp_upstream_restarts", Type: metric.TypeGauge, Unit: "restarts", Labels: "server",
+		Help: "Restarts on an upstream MCP server's account; at its max_restarts it stays down."},
+	{Name: "autonomy_node_mcp_upstream_changed", Type: metric.TypeGauge, Unit: "tools", Labels: "server",
+		Help: "Tools that an upstream MCP server defines otherwise than when they were accepted: refused."},
 	{Name: "autonomy_node_memory_limit_bytes", Type: metric.TypeGauge, Unit: "bytes", Help: "What the Go runtime keeps its memory below; 0: no limit is known."},
 	{Name: "autonomy_node_credentials_refused_total", Type: metric.TypeCounter, Unit: "requests", Labels: "credential", Help: "Credentials that were shown and did not hold: certificate, token."},
 	{Name: "autonomy_node_calls_limited_total", Type: metric.TypeCounter, Unit: "calls", Labels: "limit", Help: "Calls refused with 429 by a limit of their caller: rate, concurrent, budget."},
@@ -55,6 +61,13 @@ func (n *node) writeMetrics(w io.Writer, openMetrics bool) string {
 	b.Uint("autonomy_node_wal_synced_records_total", "", st.SyncedRecords)
 	b.Uint("autonomy_node_assurance_level", fmt.Sprintf("level=%q", n.report.Load().Level), 1)
 	n.policyMetrics(b)
+	b.Uint("autonomy_node_mcp_sessions", "", uint64(n.mcp.Stats().Sessions))
+	for _, u := range n.tools.Load().Upstreams() {
+		server := fmt.Sprintf("server=%q", u.Server)
+		b.Uint("autonomy_node_mcp_upstream_links", server, uint64(u.Links))
+		b.Uint("autonomy_node_mcp_upstream_restarts", server, uint64(u.Restarts))
+		b.Uint("autonomy_node_mcp_upstream_changed", server, uint64(len(u.Changed)))
+	}
 	b.Uint("autonomy_node_memory_limit_bytes", "", uint64(n.memory.limit))
 	n.writeCallerMetrics(b)
 	metrics.WriteProcessMetrics(b)

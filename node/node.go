@@ -37,6 +37,7 @@ import (
 	"github.com/autonomyops/autonomy/node/call"
 	"github.com/autonomyops/autonomy/node/export"
 	"github.com/autonomyops/autonomy/node/httpapi"
+	"github.com/autonomyops/autonomy/node/mcp"
 	"github.com/autonomyops/autonomy/node/release"
 	"github.com/autonomyops/autonomy/node/tool"
 	"github.com/autonomyops/autonomy/node/trace"
@@ -50,7 +51,7 @@ func Daemon() run.Daemon {
 	c := Defaults()
 	return run.Daemon{
 		Name:      "autonomy-node",
-		Short:     "decide, record and run the tool calls of AI agents on this machine",
+		Short:     "decide, record and run the tool calls of AI agents on this machine\n('autonomy-node mcp --help': MCP on standard input and output)",
 		EnvPrefix: EnvPrefix,
 		Bind:      c.Bind,
 		Validate:  c.Validate,
@@ -74,6 +75,10 @@ func Daemon() run.Daemon {
 	}
 }
 
+// Stdio is "autonomy-node mcp": MCP on standard input and output, passed on to a
+// node that runs.
+func Stdio() run.Daemon { return mcp.Stdio() }
+
 // node is what Run wires.
 type node struct {
 	cfg     Config
@@ -94,11 +99,13 @@ type node struct {
 	local     *prepared.Active // from --policy
 	sandbox   *sandbox.Sandbox
 	tools     atomic.Pointer[tool.Registry]
+	restarts  *tool.Restarts // of upstream MCP servers
 	memory    *memory
 	auth      *auth.Authenticator
 	limits    *auth.Limits
 	refusals  refusals
 	pipeline  *call.Pipeline
+	mcp       *mcp.Endpoint
 	exporter  *export.Exporter // nil: no endpoint
 	poller    *release.Poller  // nil: no control plane
 	client    *release.Client
@@ -155,8 +162,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 		return err
 	}
 	defer func() { err = errors.Join(err, n.sandbox.Close()) }()
+	if n.restarts, err = tool.OpenRestarts(filepath.Join(cfg.StateDir, "mcp-restarts.json")); err != nil {
+		return run.Exit(run.Integrity, err)
+	}
 	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
-	registry, err := n.loadTools()
+	registry, err := n.loadTools(ctx)
 	if err != nil {
 		return run.Exit(run.Usage, err)
 	}
@@ -201,8 +211,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err != nil {
 		return run.Exit(run.Integrity, fmt.Errorf("recover the log's calls: %w", err))
 	}
+	n.mcp = mcp.New(mcp.Options{Pipeline: n.pipeline, Tools: n.tools.Load, Logger: n.log, MaxBodyBytes: int(cfg.MaxBody)})
 	server := httpapi.New(httpapi.Options{
-		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, Logger: n.log,
+		Pipeline: n.pipeline, Tools: n.tools.Load, Status: n.status, Ready: n.notReady, Metrics: n.writeMetrics, MCP: n.mcp, Logger: n.log,
 		Auth: n.auth, AllowedHosts: cfg.Hosts, Refused: n.refusals.add,
 		MaxBodyBytes: int(cfg.MaxBody), MaxBodyMemory: int64(cfg.MaxBodyMemory), MaxConns: cfg.MaxConns,
 	})
@@ -281,9 +292,13 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	n.log.Info("stopping", "timeout", cfg.Shutdown)
 	grace, cancel := context.WithTimeout(context.Background(), cfg.Shutdown)
 	defer cancel()
+	// A call of an MCP session does not hang on a connection: it is cancelled here.
+	late := context.AfterFunc(grace, n.mcp.Close)
 	if serr := server.Shutdown(grace); serr != nil {
 		n.log.Warn("some calls did not end in time and were cancelled", "err", serr)
 	}
+	late()
+	n.mcp.Close()
 	_ = servers.Wait() // a listener's failure has gone through failed
 	stopLoops()
 	background.Wait()
@@ -442,16 +457,13 @@ func (n *node) provisioning() func(done, total int64) {
 	}
 }
 
-func (n *node) loadTools() (*tool.Registry, error) {
-	o := tool.Options{Logger: n.log, Sandbox: n.sandbox}
-	if n.cfg.Tools == "" {
-		return tool.Parse(nil, o)
-	}
-	return tool.Load(n.cfg.Tools, o)
+func (n *node) loadTools(ctx context.Context) (*tool.Registry, error) {
+	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Sandbox: n.sandbox, Restarts: n.restarts})
 }
 
 // retire closes a registry that a reload replaced, once no call can hold it.
 func (n *node) retire(old *tool.Registry) {
+	old.Retire()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.oldTools = append(n.oldTools, old)
@@ -719,6 +731,8 @@ type Status struct {
 	Export     *export.Status    `json:"export,omitempty"`
 	Release    *release.State    `json:"release,omitempty"`
 	Tools      []string          `json:"tools"`
+	Upstreams  []tool.Upstream   `json:"upstreams,omitempty"` // MCP servers
+	MCP        mcp.Stats         `json:"mcp"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Assurance  assurance.Report  `json:"assurance"`
 	Sandbox    []sandbox.Layer   `json:"sandbox"` // what holds programs here
@@ -736,6 +750,7 @@ func (n *node) status() any {
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}
+	s.Upstreams, s.MCP = n.tools.Load().Upstreams(), n.mcp.Stats()
 	for _, t := range n.tools.Load().List() {
 		s.Tools = append(s.Tools, t.Kind)
 	}

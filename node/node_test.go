@@ -21,11 +21,17 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/testutil"
+	"github.com/autonomyops/autonomy/internal/testutil/mcpserver"
 	"github.com/autonomyops/autonomy/node"
 	"github.com/autonomyops/autonomy/prepared"
 )
 
 var update = flag.Bool("update", false, "write docs/metrics.md anew")
+
+func TestMain(m *testing.M) {
+	mcpserver.Main()
+	os.Exit(m.Run())
+}
 
 // logs are what a node under test has logged.
 type logs struct {
@@ -56,6 +62,17 @@ type running struct {
 }
 
 const tools = "tools:\n  tool.echo: {}\n"
+
+// upstream is more of a tools file: the fixture as server "up", its tools as
+// tool.mcp.up.*.
+func upstream(t *testing.T) string {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("mcp:\n  up:\n    argv: [%q]\n    env: [%q]\n    tools: {echo: {}}\n", exe, mcpserver.Env+"=good")
+}
 
 // start runs a node on the quickstart policy until the test ends.
 func start(t *testing.T, change func(*node.Config)) *running {
@@ -180,7 +197,12 @@ func (r *running) toolNames() string {
 // its type and its meaning on the page, and the page of the documentation is the
 // table.
 func TestMetrics(t *testing.T) {
-	r := start(t, func(c *node.Config) { c.OTLP = "http://127.0.0.1:1/v1/logs" })
+	r := start(t, func(c *node.Config) {
+		c.OTLP, c.Tools = "http://127.0.0.1:1/v1/logs", filepath.Join(filepath.Dir(c.Tools), "upstream.yaml")
+		if err := os.WriteFile(c.Tools, []byte(tools+upstream(t)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
 	if out := r.call(`{"kind":"tool.echo","params":{}}`); !strings.Contains(out, `"outcome":"ok"`) {
 		t.Fatal(out)
 	}
@@ -310,6 +332,61 @@ func TestFileWatch(t *testing.T) {
 	have("tool.echo tool.fs.read")
 	r.write("tools.yaml", tools)
 	have("tool.echo")
+}
+
+// TestUpstreamReload: a reload starts what the file names, shows it over MCP too,
+// forgives restarts, and a refused one leaves all as it is.
+func TestUpstreamReload(t *testing.T) {
+	restarts := ""
+	r := start(t, func(c *node.Config) {
+		restarts = filepath.Join(c.StateDir, "mcp-restarts.json")
+		if err := errors.Join(os.MkdirAll(c.StateDir, 0o700), os.WriteFile(restarts, []byte(`{"up":1000}`), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	reload := func(file string, status int) {
+		t.Helper()
+		r.write("tools.yaml", file)
+		if got, body, _ := r.ask(r.admin, "POST", "/v1/reload", ""); got != status {
+			t.Fatalf("reload: %d %s", got, body)
+		}
+	}
+	list := func() string {
+		t.Helper()
+		_, out, _ := r.ask(http.DefaultClient, "POST", "/mcp", `{"jsonrpc":"2.0","id":1,"method":"tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientInfo":{"name":"t","version":"1"},"io.modelcontextprotocol/clientCapabilities":{}}}}`,
+			"Content-Type", "application/json", "Accept", "application/json, text/event-stream", "Mcp-Protocol-Version", "2026-07-28", "Mcp-Method", "tools/list")
+		var list struct {
+			Result struct{ Tools []struct{ Name string } }
+		}
+		if err := json.Unmarshal([]byte(out), &list); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		var names []string
+		for _, tl := range list.Result.Tools {
+			names = append(names, tl.Name)
+		}
+		return strings.Join(names, " ")
+	}
+	reload(tools, 200)
+	if data, err := os.ReadFile(restarts); err != nil || strings.Contains(string(data), "up") {
+		t.Errorf("restarts after a reload: %s, %v", data, err)
+	}
+	const both = "tool.echo tool.mcp.up.echo"
+	reload(tools+upstream(t), 200)
+	if got := list(); got != both {
+		t.Errorf("over MCP there are %q", got)
+	}
+	if _, status, _ := r.ask(http.DefaultClient, "GET", "/v1/status", ""); !strings.Contains(status, `"server":"up","links":1`) {
+		t.Errorf("no upstream in %s", status)
+	}
+	reload(tools+"mcp:\n  up:\n    argv: [/bin/false]\n    tools: {echo: {}}\n", 422)
+	if got := list(); got != both {
+		t.Errorf("after a refused reload there are %q", got)
+	}
+	reload(tools, 200)
+	if got := list(); got != "tool.echo" {
+		t.Errorf("without the upstream there are %q", got)
+	}
 }
 
 // TestWideEvent: --log-calls logs one line with what is known of a call, and

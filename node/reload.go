@@ -44,7 +44,7 @@ func (c *Config) keepReloadable(next *Config) (restart []string) {
 
 // reload reads the tools file and the configuration anew and puts both into
 // force, or, when either has a fault, changes nothing and says what is wrong.
-func (n *node) reload() error {
+func (n *node) reload(ctx context.Context) error {
 	n.reloading.Lock()
 	defer n.reloading.Unlock()
 	next := n.cfg
@@ -56,7 +56,10 @@ func (n *node) reload() error {
 		}
 		restart = next.keepReloadable(&fresh)
 	}
-	registry, err := n.loadTools()
+	if err := n.restarts.Reset(); err != nil { // whoever changes the file, or says so, has looked at it
+		n.log.Error("restarts of MCP servers not forgiven", "err", err)
+	}
+	registry, err := n.loadTools(ctx)
 	if err != nil {
 		return err
 	}
@@ -64,6 +67,7 @@ func (n *node) reload() error {
 	n.pipeline.Gate().Set(next.gate(n.memory.short.Load))
 	n.tuning.Store(next.tuning())
 	n.retire(n.tools.Swap(registry))
+	n.mcp.Refresh()
 	n.log.Info("reloaded", "tools", len(registry.List()), "max_in_flight", next.MaxInFlight, "max_queue", next.MaxQueue)
 	if len(restart) > 0 {
 		n.log.Warn("settings have changed that only a restart puts into force", "settings", restart)
@@ -99,19 +103,19 @@ func (n *node) reloads(ctx context.Context) {
 				continue
 			}
 			inForce = now
-			n.reloadAndTell()
+			n.reloadAndTell(ctx)
 		case <-hup:
 			inForce = look(files)
 			seen = inForce
-			n.reloadAndTell()
+			n.reloadAndTell(ctx)
 			n.resumeExport()
 		}
 	}
 }
 
-func (n *node) reloadAndTell() {
+func (n *node) reloadAndTell(ctx context.Context) {
 	run.Notify("RELOADING=1")
-	if err := n.reload(); err != nil {
+	if err := n.reload(ctx); err != nil {
 		n.log.Error("reload refused: what was in force stays", "err", err)
 	}
 	run.Notify("READY=1")

@@ -2,7 +2,8 @@
 # Gets what the tests need beyond Go, one line per step. Idempotent, and silent
 # on the network when everything is there.
 #
-#	setup-test.sh           a C compiler, file systems, an OCI registry, an OpenTelemetry Collector
+#	setup-test.sh           a C compiler, file systems, an OCI registry, an OpenTelemetry Collector,
+#	                        npm packages for the tests of the Model Context Protocol
 #	setup-test.sh cosign    cosign, for the test that lets it verify our signatures
 #	setup-test.sh vm        qemu and a Debian kernel, for make vm-test
 set -euo pipefail
@@ -99,6 +100,31 @@ collector() {
 	say otelcol "$bin"
 }
 
+# What the tests of the Model Context Protocol run from npm, as its lock file
+# pins it. Another lock file, another folder. No package runs a script.
+npm_packages() {
+	local from=internal/e2e/mcp sum dir
+	sum=$(sha256sum "$from/package-lock.json")
+	dir=$cache_bin/npm-${sum:0:16}
+	if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
+		say npm "installing nodejs and npm"
+		apt_install nodejs npm
+	fi
+	if [ -d "$dir/node_modules" ]; then
+		say npm "$dir"
+		return
+	fi
+	say npm "installing the packages of $from"
+	scratch
+	cp "$from/package.json" "$from/package-lock.json" "$scratch/"
+	if ! (cd "$scratch" && npm ci --ignore-scripts --no-audit --no-fund) >"$cache_bin/npm-ci.log" 2>&1; then
+		tail -n 20 "$cache_bin/npm-ci.log" >&2
+		die "npm ci failed; the whole output is in $cache_bin/npm-ci.log"
+	fi
+	mv "$scratch" "$dir"
+	say npm "$dir"
+}
+
 cosign() {
 	local bin=$cache_bin/cosign-$cosign_version
 	if [ -x "$bin" ]; then
@@ -156,6 +182,7 @@ case ${1:-} in
 	filesystems
 	registry
 	collector
+	npm_packages
 	;;
 cosign) cosign ;;
 vm) vm ;;

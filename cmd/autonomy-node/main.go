@@ -1,5 +1,6 @@
 // Command autonomy-node is the agent on a node: it decides, records and runs
-// the tool calls of AI agents.
+// the tool calls of AI agents. "autonomy-node mcp" is its door for MCP clients
+// that start their servers as programs.
 package main
 
 import (
@@ -8,4 +9,9 @@ import (
 	"github.com/autonomyops/autonomy/node"
 )
 
-func main() { os.Exit(node.Daemon().Main(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == "mcp" {
+		os.Exit(node.Stdio().Main(os.Args[2:], os.Stdout, os.Stderr))
+	}
+	os.Exit(node.Daemon().Main(os.Args[1:], os.Stdout, os.Stderr))
+}

@@ -96,6 +96,11 @@ var rules = []rule{
 		check:  onlyUnder([]string{"node/trace"}, "go.opentelemetry.io/otel"),
 	},
 	{
+		name:   "mcp-in-its-place",
+		reason: "the protocol is spoken at two edges, and what the node decides must not depend on it; the CLI, the relay and the control plane do not link it for themselves",
+		check:  onlyUnder([]string{"node/mcp", "node/tool/mcptool", "internal/testutil/mcpserver", "internal/e2e"}, "github.com/modelcontextprotocol/go-sdk"),
+	},
+	{
 		name:   "fuse-in-faultinject",
 		reason: "a file system served from a program is a disk to break, never one to keep state on",
 		check:  onlyUnder([]string{"faultinject"}, "github.com/hanwen/go-fuse"),
@@ -103,7 +108,7 @@ var rules = []rule{
 	{
 		name:   "test-code-in-tests",
 		reason: "helpers that kill processes and keep modules alive do not belong in a program",
-		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "internal/oci/ocitest", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/archtest", module+"/internal/oci/ocitest", module+"/verify/verifytest", module+"/cp/store/storetest"),
+		check:  onlyUnder([]string{"internal/testutil", "internal/archtest", "internal/e2e", "internal/oci/ocitest", "verify/verifytest", "cp/store/storetest", "bench", "fuzz", "faultinject"}, "testing", module+"/internal/testutil", module+"/internal/testutil/mcpserver", module+"/internal/archtest", module+"/internal/oci/ocitest", module+"/verify/verifytest", module+"/cp/store/storetest"),
 	},
 	{
 		name:   "words",
@@ -177,6 +182,7 @@ var packages = []pkg{
 	{"node/tool/exectool", []string{"node/tool/executor", "assurance/sandbox", anyInternal}},
 	{"node/tool/fstool", []string{"node/tool/executor", anyInternal}},
 	{"node/tool/httptool", []string{"node/tool/executor", anyInternal}},
+	{"node/tool/mcptool", []string{"node/tool/executor", "node/tool/httptool", anyInternal}},
 	{"node/release", []string{"verify/...", "fingerprint", "prepared", anyInternal}},
 	{"node/export", []string{"wal", anyInternal}},
 	{"node/trace", []string{"node/call", anyInternal}},

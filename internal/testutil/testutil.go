@@ -26,6 +26,8 @@
 package testutil
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -181,6 +183,30 @@ func Cached(name string) string {
 		return ""
 	}
 	return p
+}
+
+// NodeModules returns the npm packages that scripts/setup-test.sh installed for
+// dir, a folder from the module's root with a package-lock.json, or "" when they
+// are not there.
+func NodeModules(dir string) string {
+	root, err := Root()
+	if err != nil {
+		return ""
+	}
+	lock, err := os.ReadFile(filepath.Join(root, dir, "package-lock.json"))
+	if err != nil {
+		return ""
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return ""
+	}
+	sum := sha256.Sum256(lock)
+	modules := filepath.Join(cache, "autonomyops", "bin", "npm-"+hex.EncodeToString(sum[:8]), "node_modules")
+	if _, err := os.Stat(modules); err != nil {
+		return ""
+	}
+	return modules
 }
 
 // find looks in the cache, then on the PATH.

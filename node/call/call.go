@@ -322,7 +322,7 @@ func (p *Pipeline) run(ctx context.Context, r *Request, t *tool.Tool, tools *too
 	// Execute, and record what came of it.
 	began = time.Now()
 	res := tools.Execute(ctx, t, &tool.Request{AuditID: auditID, Kind: r.Kind, Params: r.Params,
-		Timeout: time.Duration(r.TimeoutMS) * time.Millisecond, Constraints: d.Constraints, Traceparent: r.TraceParent})
+		Timeout: time.Duration(r.TimeoutMS) * time.Millisecond, Constraints: d.Constraints, Traceparent: r.TraceParent, Progress: r.Progress})
 	r.report.Tool = time.Since(began)
 	actionSeq, err := p.recordAction(&rec, &res, LayerRuntime, r.report.Tool, len(d.Redact) > 0)
 	e.acted(actionSeq)

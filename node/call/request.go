@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/autonomyops/autonomy/internal/strictjson"
+	"github.com/autonomyops/autonomy/node/tool"
 	"github.com/autonomyops/autonomy/prepared"
 )
 
@@ -32,6 +33,9 @@ type Request struct {
 
 	Caller      Caller // who calls, established by the listener, never by the body
 	TraceParent string // W3C traceparent header, checked by ParseTraceParent
+
+	// Progress takes the tool's reports while Do runs; nil when nobody listens.
+	Progress func(tool.Progress)
 
 	input    []byte            // policy input
 	body     []byte            // of the decision record, without the input
@@ -92,6 +96,12 @@ func Decode(body []byte, r *Request) error {
 	if err := strictjson.Object(body, r.member); err != nil {
 		return err
 	}
+	return r.Check()
+}
+
+// Check bounds the fields that a caller gave, whichever door they came by, and
+// sets missing params to {}. Do relies on it. An error is for the caller to read.
+func (r *Request) Check() error {
 	if len(r.Params) == 0 {
 		r.Params = json.RawMessage("{}")
 	}

@@ -39,6 +39,7 @@ type Options struct {
 	// Metrics writes the node's metrics, as OpenMetrics or as Prometheus text,
 	// and returns the content type.
 	Metrics func(w io.Writer, openMetrics bool) string
+	MCP     MCP // serves /mcp; nil: there is no such path
 	Logger  *slog.Logger
 	// Auth tells who calls. nil: only peers of Unix sockets do.
 	Auth *auth.Authenticator
@@ -52,6 +53,7 @@ type Options struct {
 	MaxBodyBytes   int           // request body; default 256 KiB → 413
 	MaxHeaderBytes int           // request line and headers; default 8 KiB → 431
 	MaxBodyMemory  int64         // of all bodies that are being read or wait, in bytes; default 64 MiB → 429
+	MaxExchanges   int           // open requests of /mcp, streams among them; half of them for one principal; default 2048 → 429
 	MaxConns       int           // open connections; default 4096 → 503
 	ReadTimeout    time.Duration // a whole request; default 10 s
 	IdleTimeout    time.Duration // between requests; default 60 s
@@ -63,6 +65,7 @@ const (
 	DefaultMaxBodyBytes   = 256 << 10
 	DefaultMaxHeaderBytes = 8 << 10
 	DefaultMaxBodyMemory  = 64 << 20
+	DefaultMaxExchanges   = 2048
 	DefaultMaxConns       = 4096
 	DefaultReadTimeout    = 10 * time.Second
 	DefaultIdleTimeout    = 60 * time.Second
@@ -78,10 +81,14 @@ type Server struct {
 
 	serving atomic.Int32 // listeners
 
-	ctx    context.Context // ends the calls that outlast Shutdown
-	cancel context.CancelFunc
-	ctxs   [ctxShards]context.Context // children of ctx, see callContext
-	bufs   sync.Pool                  // *[]byte, answers
+	exchanges exchanges // open requests of /mcp
+
+	ctx       context.Context // ends the calls that outlast Shutdown
+	cancel    context.CancelFunc
+	ctxs      [ctxShards]context.Context // children of ctx, see callContext
+	listening context.Context            // ends when Shutdown begins: streams that wait for events
+	deafen    context.CancelFunc
+	bufs      sync.Pool // *[]byte, answers
 }
 
 // New makes a Server.
@@ -89,17 +96,19 @@ func New(o Options) *Server {
 	o.MaxBodyBytes = def(o.MaxBodyBytes, DefaultMaxBodyBytes)
 	o.MaxHeaderBytes = def(o.MaxHeaderBytes, DefaultMaxHeaderBytes)
 	o.MaxBodyMemory = def(o.MaxBodyMemory, DefaultMaxBodyMemory)
+	o.MaxExchanges = def(o.MaxExchanges, DefaultMaxExchanges)
 	o.MaxConns = def(o.MaxConns, DefaultMaxConns)
 	if o.Auth == nil {
 		o.Auth, _ = auth.Open(auth.Options{Logger: o.Logger}) // without files nothing can fail, and over TCP nobody gets in
 	}
-	s := &Server{o: o, gate: o.Pipeline.Gate(), bodies: bodies{max: o.MaxBodyMemory}}
+	s := &Server{o: o, gate: o.Pipeline.Gate(), bodies: bodies{max: o.MaxBodyMemory}, exchanges: exchanges{max: o.MaxExchanges}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for i := range s.ctxs {
 		shard, cancel := context.WithCancel(s.ctx)
 		context.AfterFunc(s.ctx, cancel) // nobody ends one of them alone
 		s.ctxs[i] = shard
 	}
+	s.listening, s.deafen = context.WithCancel(s.ctx)
 	s.bufs.New = func() any { b := make([]byte, 0, 4096); return &b }
 	s.http = fasthttp.Server{
 		Name:                         "",
@@ -157,13 +166,21 @@ func (s *Server) connections() int {
 // Shutdown stops accepting and waits for running calls until ctx ends; what
 // still runs then is cancelled and waited for.
 func (s *Server) Shutdown(ctx context.Context) error {
+	s.deafen()
 	err := s.http.ShutdownWithContext(ctx)
+	for err == nil && s.gate.Running() > 0 { // calls of MCP sessions go on without their connection
+		select {
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 	s.cancel()
 	if err != nil {
 		// Cancelled calls end at once; give them the time to record it.
 		again, stop := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer stop()
-		for s.gate.Running() > 0 && again.Err() == nil {
+		for s.gate.Running()+s.exchanges.open() > 0 && again.Err() == nil {
 			time.Sleep(5 * time.Millisecond)
 		}
 	}
@@ -196,15 +213,18 @@ func (s *Server) serve(ctx *fasthttp.RequestCtx) {
 		path = "/v1/calls/"
 	}
 	method, handler := fasthttp.MethodGet, s.routes(path)
-	if path == "/v1/tool" {
+	switch path {
+	case "/v1/tool":
 		method = fasthttp.MethodPost
+	case "/mcp":
+		method = string(ctx.Method()) // the protocol's own affair
 	}
 	if handler == nil {
 		method, handler = s.queries(path)
 	}
 	switch {
 	case handler == nil:
-		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /v1/data/autonomy/{rule}, /access/v1/evaluation, /access/v1/evaluations, /healthz, /readyz and /metrics")
+		s.deny(ctx, fasthttp.StatusNotFound, "not_found", "no such path: the node serves /v1/tool, /v1/tools, /v1/status, /v1/calls/{audit_id}, /v1/data/autonomy/{rule}, /access/v1/evaluation, /access/v1/evaluations, /mcp, /healthz, /readyz and /metrics")
 	case string(ctx.Method()) != method:
 		h.Set("Allow", method)
 		s.deny(ctx, fasthttp.StatusMethodNotAllowed, "method_not_allowed", "use "+method)
@@ -223,6 +243,10 @@ func (s *Server) routes(path string) func(*fasthttp.RequestCtx, call.Caller) {
 		return func(ctx *fasthttp.RequestCtx, _ call.Caller) { s.json(ctx, fasthttp.StatusOK, s.o.Status()) }
 	case "/v1/calls/":
 		return s.call
+	case "/mcp":
+		if s.o.MCP != nil {
+			return s.serveMCP
+		}
 	case "/healthz":
 		return func(ctx *fasthttp.RequestCtx, _ call.Caller) { s.json(ctx, fasthttp.StatusOK, health{"ok", nil}) }
 	case "/readyz":

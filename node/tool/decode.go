@@ -27,33 +27,44 @@ func (d *decoder) fault(line int, format string, args ...any) {
 	d.faults = append(d.faults, fmt.Errorf("%s:%d: "+format, append([]any{d.file, line}, args...)...))
 }
 
-// document finds the entries under "tools".
-func (d *decoder) document(data []byte) ([]entry, error) {
+// document finds the entries under "tools" and "mcp".
+func (d *decoder) document(data []byte) (tools, servers []entry, err error) {
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	var doc yaml.Node
 	switch err := dec.Decode(&doc); {
 	case errors.Is(err, io.EOF):
-		return nil, fmt.Errorf("%s:1: empty, want a mapping \"tools:\"", d.file)
+		return nil, nil, fmt.Errorf("%s:1: empty, want a mapping \"tools:\"", d.file)
 	case err != nil:
-		return nil, fmt.Errorf("%s: %w", d.file, err)
+		return nil, nil, fmt.Errorf("%s: %w", d.file, err)
 	}
 	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%s: more than one document", d.file)
+		return nil, nil, fmt.Errorf("%s: more than one document", d.file)
 	}
 	var top struct {
 		Tools *yaml.Node `yaml:"tools"`
+		MCP   *yaml.Node `yaml:"mcp"`
 	}
 	root := doc.Content[0]
 	d.decode(root, &top)
 	if len(d.faults) > 0 {
-		return nil, errors.Join(d.faults...)
+		return nil, nil, errors.Join(d.faults...)
 	}
-	if top.Tools == nil || top.Tools.Kind != yaml.MappingNode {
-		return nil, fmt.Errorf("%s:%d: want a mapping \"tools:\" with a tool per key, as in \"tool.echo: {}\"", d.file, root.Line)
+	if top.Tools == nil && top.MCP == nil || top.Tools != nil && top.Tools.Kind != yaml.MappingNode {
+		return nil, nil, fmt.Errorf("%s:%d: want a mapping \"tools:\" with a tool per key, as in \"tool.echo: {}\"", d.file, root.Line)
 	}
+	if top.MCP != nil && top.MCP.Kind != yaml.MappingNode {
+		return nil, nil, fmt.Errorf("%s:%d: want a mapping \"mcp:\" with a server per key", d.file, top.MCP.Line)
+	}
+	return d.entries(top.Tools), d.entries(top.MCP), nil
+}
+
+// entries are the pairs of a mapping, nil for none.
+func (d *decoder) entries(n *yaml.Node) []entry {
 	var out []entry
-	d.pairs(top.Tools, func(k, v *yaml.Node) { out = append(out, entry{k.Value, k.Line, v}) })
-	return out, nil
+	if n != nil {
+		d.pairs(n, func(k, v *yaml.Node) { out = append(out, entry{k.Value, k.Line, v}) })
+	}
+	return out
 }
 
 // pairs calls f for each key of a mapping, and reports a key that stands twice.

@@ -2,6 +2,7 @@ package tool
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,6 +32,12 @@ const MaxFileBytes = 1 << 20
 // Load reads the tools file at path. An empty path gives tool.echo alone.
 // Every fault of the file is reported at once, each with file and line.
 func Load(path string, o Options) (*Registry, error) {
+	return LoadContext(context.Background(), path, o)
+}
+
+// LoadContext is Load; the end of ctx ends the wait for upstream MCP servers,
+// which start here.
+func LoadContext(ctx context.Context, path string, o Options) (*Registry, error) {
 	if path == "" {
 		return Parse(nil, o)
 	}
@@ -43,7 +50,7 @@ func Load(path string, o Options) (*Registry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tools file %s: %w", path, err)
 	}
-	return parse(path, data, o)
+	return parse(ctx, path, data, o)
 }
 
 // Parse is Load for bytes; errors name them tools.yaml. nil gives tool.echo
@@ -52,15 +59,15 @@ func Parse(data []byte, o Options) (*Registry, error) {
 	if data == nil {
 		data = []byte("tools: {tool.echo: {}}")
 	}
-	return parse("tools.yaml", data, o)
+	return parse(context.Background(), "tools.yaml", data, o)
 }
 
-func parse(file string, data []byte, o Options) (*Registry, error) {
+func parse(ctx context.Context, file string, data []byte, o Options) (*Registry, error) {
 	if len(data) > MaxFileBytes {
 		return nil, fmt.Errorf("tools file %s: over %d bytes", file, MaxFileBytes)
 	}
 	d := &decoder{file: file}
-	entries, err := d.document(data)
+	entries, servers, err := d.document(data)
 	if err != nil {
 		return nil, err
 	}
@@ -77,6 +84,8 @@ func parse(file string, data []byte, o Options) (*Registry, error) {
 			r.tools[e.kind] = t
 		}
 	}
+	r.connectAll(ctx, d, servers, o)
+	r.checkNames(d)
 	if err := errors.Join(d.faults...); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
@@ -84,6 +93,18 @@ func parse(file string, data []byte, o Options) (*Registry, error) {
 		r.sorted = append(r.sorted, r.tools[kind])
 	}
 	return r, nil
+}
+
+// checkNames refuses names that two tools would have over MCP.
+func (r *Registry) checkNames(d *decoder) {
+	kinds := map[string]string{}
+	for _, kind := range slices.Sorted(maps.Keys(r.tools)) {
+		name := r.tools[kind].Name()
+		if first, twice := kinds[name]; twice {
+			d.faults = append(d.faults, fmt.Errorf("%s: %s and %s are both called %q over MCP: change mcp_name", d.file, first, kind, name))
+		}
+		kinds[name] = kind
+	}
 }
 
 // split takes joined faults apart, so that each is reported with its line.
@@ -110,6 +131,7 @@ type (
 	common struct {
 		Description string   `yaml:"description"`
 		Timeout     duration `yaml:"timeout"`
+		MCPName     string   `yaml:"mcp_name"`
 	}
 	httpConfig struct {
 		common
@@ -254,8 +276,19 @@ func (c *common) tool(kind, description string, schema json.RawMessage, e Execut
 	if len(c.Description) > maxDescription {
 		return nil, fmt.Errorf("description has %d bytes, at most %d", len(c.Description), maxDescription)
 	}
-	return New(kind, cmp.Or(c.Description, description), schema, limit, e)
+	if c.MCPName != "" && !mcpName.MatchString(c.MCPName) {
+		return nil, fmt.Errorf("mcp_name %q: want letters, digits, _, - and ., at most 128", c.MCPName)
+	}
+	t, err := New(kind, cmp.Or(c.Description, description), schema, limit, e)
+	if err != nil {
+		return nil, err
+	}
+	t.MCPName = c.MCPName
+	return t, nil
 }
+
+// mcpName is what the protocol asks of a tool's name.
+var mcpName = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,128}$`)
 
 // maxDescription bounds what is sent to every agent with GET /v1/tools.
 const maxDescription = 4096

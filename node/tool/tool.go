@@ -32,6 +32,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -43,6 +44,7 @@ import (
 	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/node/tool/executor"
 	"github.com/autonomyops/autonomy/node/tool/httptool"
+	"github.com/autonomyops/autonomy/node/tool/mcptool"
 )
 
 // The vocabulary of package executor, under the name that callers use.
@@ -50,6 +52,7 @@ type (
 	Request  = executor.Request
 	Result   = executor.Result
 	Outcome  = executor.Outcome
+	Progress = executor.Progress
 	Executor = executor.Executor
 )
 
@@ -82,19 +85,44 @@ type Tool struct {
 	Kind        string          // "tool.exec.word_count"
 	Description string          // for the agent
 	InputSchema json.RawMessage // JSON Schema 2020-12 of the params object
-	Digest      string          // "sha256:" + 64 hex over the RFC 8785 form of {"description","input_schema","kind"}
+	Digest      string          // "sha256:" + 64 hex over the RFC 8785 form of {"description","input_schema","kind"}; see pin
 	Timeout     time.Duration   // wall time of one call, at most
+	MCPName     string          // what MCP clients call it; "": as Kind
 
 	schema *jsonschema.Schema
 	quick  *acceptor // nil: the schema has what only the library knows
 	exec   Executor
 }
 
+// Name is what MCP clients call the tool.
+func (t *Tool) Name() string { return cmp.Or(t.MCPName, t.Kind) }
+
 // Definition is what Digest is computed over.
 type definition struct {
 	Description string          `json:"description"`
 	InputSchema json.RawMessage `json:"input_schema"`
 	Kind        string          `json:"kind"`
+	Upstream    string          `json:"upstream,omitempty"` // digest of what the MCP server says of it
+}
+
+func (d definition) digest() (string, error) {
+	def, err := json.Marshal(d)
+	if err != nil {
+		return "", fmt.Errorf("tool %s: definition: %w", d.Kind, err)
+	}
+	canonical, err := jcs.Transform(def)
+	if err != nil {
+		return "", fmt.Errorf("tool %s: definition: %w", d.Kind, err)
+	}
+	sum := sha256.Sum256(canonical)
+	return "sha256:" + hex.EncodeToString(sum[:]), nil
+}
+
+// pin makes what an upstream says of its tool part of the digest, beyond what is
+// shown to agents: {"description","input_schema","kind","upstream"}.
+func (t *Tool) pin(upstream string) (err error) {
+	t.Digest, err = definition{t.Description, t.InputSchema, t.Kind, upstream}.digest()
+	return err
 }
 
 // New makes a Tool: it compiles the schema and computes the digest. A schema
@@ -106,15 +134,10 @@ func New(kind, description string, schema json.RawMessage, timeout time.Duration
 	if err := strictjson.CheckObject(schema); err != nil {
 		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
 	}
-	def, err := json.Marshal(definition{description, schema, kind})
+	digest, err := definition{Description: description, InputSchema: schema, Kind: kind}.digest()
 	if err != nil {
-		return nil, fmt.Errorf("tool %s: definition: %w", kind, err)
+		return nil, err
 	}
-	canonical, err := jcs.Transform(def)
-	if err != nil {
-		return nil, fmt.Errorf("tool %s: definition: %w", kind, err)
-	}
-	sum := sha256.Sum256(canonical)
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(schema))
 	if err != nil {
 		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
@@ -132,7 +155,7 @@ func New(kind, description string, schema json.RawMessage, timeout time.Duration
 		return nil, fmt.Errorf("tool %s: input schema: %w", kind, err)
 	}
 	return &Tool{Kind: kind, Description: description, InputSchema: schema, Timeout: timeout,
-		Digest: "sha256:" + hex.EncodeToString(sum[:]), schema: compiled, quick: newAcceptor(doc), exec: e}, nil
+		Digest: digest, schema: compiled, quick: newAcceptor(doc), exec: e}, nil
 }
 
 // noLoader keeps a schema from reading files or the network.
@@ -218,6 +241,7 @@ type Options struct {
 	Resolver httptool.Resolver // nil: the system's
 	Sandbox  *sandbox.Sandbox  // confines programs; nil: they are held by a process group only
 	Logger   *slog.Logger      // nil: nothing is logged
+	Restarts *Restarts         // of upstream MCP servers; nil: counted in memory
 }
 
 // Registry is the set of tools of a node.
@@ -226,6 +250,8 @@ type Registry struct {
 	sorted []*Tool
 	log    *slog.Logger
 	closer []func() error
+
+	upstreams []*mcptool.Server
 }
 
 // Lookup finds a tool by its kind.
@@ -238,8 +264,22 @@ func (r *Registry) Lookup(kind string) (*Tool, bool) {
 // are shared.
 func (r *Registry) List() []*Tool { return slices.Clone(r.sorted) }
 
-// Close releases what the tools hold (directories). Calls must have ended.
+// Retire says that another registry has taken over: upstream MCP servers end as
+// soon as no call runs on them. Calls that come late still work.
+func (r *Registry) Retire() {
+	for _, s := range r.upstreams {
+		s.Retire()
+	}
+}
+
+// Close releases what the tools hold: directories, upstream MCP servers and
+// their processes. Calls must have ended.
 func (r *Registry) Close() error {
+	var wg sync.WaitGroup
+	for _, s := range r.upstreams {
+		wg.Go(s.Close)
+	}
+	wg.Wait()
 	var errs []error
 	for _, c := range r.closer {
 		errs = append(errs, c())

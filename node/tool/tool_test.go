@@ -15,10 +15,14 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/autonomyops/autonomy/internal/constraint"
+	"github.com/autonomyops/autonomy/internal/testutil/mcpserver"
 	"github.com/autonomyops/autonomy/node/tool"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	mcpserver.Main()
+	goleak.VerifyTestMain(m)
+}
 
 func parse(t *testing.T, file string) *tool.Registry {
 	t.Helper()
@@ -107,7 +111,7 @@ func TestBadFiles(t *testing.T) {
 		"unknown tool":         {"tools:\n  tool.ecko: {}", `tools.yaml:2: tool.ecko: no such tool: did you mean "tool.echo"?`},
 		"far-off tool":         {"tools:\n  frobnicate_everything: {}", `no such tool: there are tool.echo, tool.exec.`},
 		"unknown key":          {"tools:\n  tool.http_get:\n    hosts: [a]\n    max_byte: 1", `tools.yaml:4: unknown key "max_byte": did you mean "max_bytes"?`},
-		"far-off key":          {"tools:\n  tool.echo:\n    colour: red", `tools.yaml:3: unknown key "colour": known are description, timeout`},
+		"far-off key":          {"tools:\n  tool.echo:\n    colour: red", `tools.yaml:3: unknown key "colour": known are description, mcp_name, timeout`},
 		"key in param":         {"tools:\n  tool.exec.a:\n    argv: [/bin/true, '{x}']\n    params:\n      x: {typ: string}", `tools.yaml:5: x: unknown key "typ": did you mean "type"?`},
 		"wrong type":           {"tools:\n  tool.http_get: {hosts: a}", `tools.yaml:2: hosts: want a list`},
 		"number for string":    {"tools:\n  tool.exec.a: {argv: [/bin/echo, 5]}", `argv: want a string: put 5 in quotes`},

@@ -25,7 +25,24 @@ type Request struct {
 	Timeout     time.Duration // what the caller asked for; 0: the tool's own limit
 	Constraints constraint.Constraints
 	Traceparent string // W3C Trace Context, passed on where the tool's protocol carries it; "" when none
+
+	// Progress takes what a running tool reports about itself. nil: nobody
+	// listens. It may block for as long as the listener does, and is not called
+	// after Execute has returned.
+	Progress func(Progress)
 }
+
+// Progress is how far a call is. It comes from the tool and is not to be
+// trusted; whoever makes one bounds Message to MaxProgressMessage bytes of
+// valid UTF-8.
+type Progress struct {
+	Done    float64 // rises from report to report
+	Total   float64 // 0: unknown
+	Message string
+}
+
+// MaxProgressMessage bounds Progress.Message, in bytes. 1 KiB.
+const MaxProgressMessage = 1 << 10
 
 // Outcome says how a call that was started, or refused at the last step, ended.
 // The strings are part of the contract and of the records.

@@ -445,18 +445,7 @@ func (g *gate) follow(ctx context.Context, method string, u *url.URL, header htt
 // ask sends one request to one of addrs.
 func (g *gate) ask(ctx context.Context, method string, u *url.URL, addrs []netip.AddrPort, header http.Header, body string) (*http.Response, error) {
 	tr := &http.Transport{
-		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			var faults []error
-			d := net.Dialer{Timeout: dialTimeout}
-			for _, a := range addrs {
-				c, err := d.DialContext(ctx, "tcp", a.String())
-				if err == nil {
-					return c, nil
-				}
-				faults = append(faults, err)
-			}
-			return nil, errors.Join(faults...)
-		},
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, addrs) },
 		TLSClientConfig:        g.tool.cfg.TLS.Clone(),
 		TLSHandshakeTimeout:    dialTimeout,
 		DisableKeepAlives:      true,
