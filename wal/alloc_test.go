@@ -13,6 +13,7 @@ import (
 
 // Reading allocates nothing, neither per record nor per batch.
 func TestReadDoesNotAllocate(t *testing.T) {
+	once(t)
 	for _, mode := range []Mode{ModeMapped, testMode} {
 		t.Run(mode.String(), func(t *testing.T) {
 			l, _ := open(t, t.TempDir(), Options{Mode: mode, SegmentBytes: 1 << 20, MaxBytes: 8 << 20})
@@ -41,6 +42,9 @@ func TestReadDoesNotAllocate(t *testing.T) {
 func TestMemoryIsBounded(t *testing.T) {
 	t.Parallel()
 	sizes := [2]int{8, 48} // MiB
+	if testing.Short() {
+		sizes = [2]int{4, 16}
+	}
 	var kib [2][3]int
 	for i, mib := range sizes {
 		dir := t.TempDir()

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -39,6 +40,10 @@ func TestMain(m *testing.M) {
 		}
 		child(dir)
 		return
+	}
+	// More at once than there are cores: they wait for the disk.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
 	}
 	done := setMode()
 	code := m.Run()
@@ -125,7 +130,10 @@ func TestKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := &killed{told: map[uint64]bool{}, voids: map[uint64]bool{}}
-	const rounds = 25
+	rounds, step := 25, 7 // milliseconds between the kills
+	if testing.Short() {
+		rounds, step = 10, 17
+	}
 	for round := 0; round < rounds || !k.recycled && round < 4*rounds; round++ { // a slow disk takes longer to fill slots
 		cmd := exec.Command(exe)
 		cmd.Env = append(os.Environ(), "WAL_TEST_CHILD="+dir, "WAL_TEST_RING="+ringDir)
@@ -137,7 +145,7 @@ func TestKill(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		time.AfterFunc(time.Duration(10+7*(round%rounds))*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		time.AfterFunc(time.Duration(10+step*(round%rounds))*time.Millisecond, func() { _ = cmd.Process.Kill() })
 		k.listen(t, out)
 		_ = cmd.Wait() // killed
 		k.check(t, dir)
@@ -316,6 +324,7 @@ func TestSyncFailureForGood(t *testing.T) {
 // the durable end of the log: it must be given up, not waited for for ever, and
 // that end must be there after a restart.
 func TestSyncFailureWithoutSlot(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	var mu sync.Mutex
 	var broken string
@@ -373,6 +382,7 @@ func TestSyncFailureWithoutSlot(t *testing.T) {
 // Somebody cuts the file under the mapping: the process lives, the records that
 // are gone are void, the log goes on.
 func TestFaultInMapping(t *testing.T) {
+	once(t)
 	dir := t.TempDir()
 	o := testOptions()
 	o.Mode = ModeMapped
@@ -435,6 +445,7 @@ func TestFaultInMapping(t *testing.T) {
 
 // The ceiling on a file system that is hardly larger than the log.
 func TestCeilingOnSmallFileSystem(t *testing.T) {
+	once(t)
 	if os.Getuid() != 0 {
 		testutil.Missing(t, "root, to mount a small tmpfs", "run as root")
 	}
@@ -499,6 +510,7 @@ func TestCeilingOnSmallFileSystem(t *testing.T) {
 }
 
 func TestCeiling(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	o := testOptions()
 	l, _ := open(t, dir, o)

@@ -39,6 +39,7 @@ func TestAppendDoesNotAllocate(t *testing.T) {
 // Writers, readers, random access and a read-only view at once, over recycled
 // slots: order, density and bytes hold everywhere.
 func TestConcurrent(t *testing.T) {
+	t.Parallel()
 	const writers, each = 8, 2500
 	dir := t.TempDir()
 	o := testOptions()
@@ -282,6 +283,7 @@ func TestViewHoldsSlot(t *testing.T) {
 }
 
 func TestCursors(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	o := smallOptions()
 	o.Watermark = true
@@ -384,6 +386,7 @@ func TestLockedAndModes(t *testing.T) {
 }
 
 func TestResize(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	o := smallOptions()
 	l, _ := open(t, dir, o)
@@ -435,6 +438,7 @@ func TestResize(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
+	once(t)
 	dir := filepath.Join(t.TempDir(), "none")
 	for want, o := range map[string]Options{
 		"segment size is 100":        {SegmentBytes: 100},

@@ -16,6 +16,7 @@ import (
 // Whatever is damaged: Repair keeps every whole record, tells which are gone,
 // and leaves a log that opens, reads and goes on.
 func TestRepair(t *testing.T) {
+	t.Parallel()
 	src := t.TempDir()
 	l, last := rotated(t, src, 1500)
 	segs := slices.Clone(l.Stats().Slots)
@@ -168,6 +169,8 @@ func TestRepair(t *testing.T) {
 }
 
 func TestRepairRefuses(t *testing.T) {
+	once(t)
+	t.Parallel()
 	if _, err := Repair(filepath.Join(t.TempDir(), "absent"), RepairOptions{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("absent: %v", err)
 	}
@@ -209,10 +212,7 @@ var errKilled = errors.New("killed")
 // A repair that is killed at any of its steps and started again keeps what one
 // that was not keeps: every whole record.
 func TestRepairKilled(t *testing.T) {
-	if testMode == ModeMapped && ringDir != "" {
-		t.Log("the run with a ring does it: no mode plays a part")
-		return
-	}
+	once(t)
 	t.Parallel()
 	src := t.TempDir()
 	l, last := rotated(t, src, 1500)
@@ -293,6 +293,7 @@ func TestRepairKilled(t *testing.T) {
 // However many records are gone from a slot that is full of the smallest ones,
 // what says so fits it.
 func TestRepairFullSlot(t *testing.T) {
+	once(t)
 	t.Parallel()
 	for _, every := range []uint64{2, 3, 7} {
 		dir := t.TempDir()

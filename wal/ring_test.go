@@ -27,6 +27,7 @@ func ringOptions(t testing.TB) Options {
 
 // The mode is chosen by trying, and Stats says why.
 func TestModeChoice(t *testing.T) {
+	once(t)
 	needRing(t)
 	small := filepath.Join(t.TempDir(), "small")
 	if err := os.Mkdir(small, 0o700); err != nil {
@@ -95,6 +96,8 @@ func TestModeChoice(t *testing.T) {
 // What a killed process left in the ring counts only if it is this log's, of this
 // boot, and nothing happened since. Else the log is what its slots say.
 func TestForeignRing(t *testing.T) {
+	once(t)
+	t.Parallel()
 	o := ringOptions(t)
 	edit := func(off int64) func(*testing.T, string, string) {
 		return func(t *testing.T, _, ring string) {
@@ -186,6 +189,8 @@ func must(t *testing.T, err error) {
 
 // A kill in the middle of recovery: the ring was replayed, and is there still.
 func TestReplayTwice(t *testing.T) {
+	once(t)
+	t.Parallel()
 	o := ringOptions(t)
 	dir := t.TempDir()
 	l, _ := open(t, dir, o)
@@ -212,6 +217,7 @@ func TestReplayTwice(t *testing.T) {
 // The disk is slower than the writers: they wait for room in the ring, nothing is
 // lost, and readers see the right bytes whether they come from ring or slot.
 func TestRingFull(t *testing.T) {
+	once(t)
 	t.Parallel()
 	o := ringOptions(t)
 	o.SegmentBytes, o.MaxBytes, o.RingBytes = 1<<20, 8<<20, minRing
@@ -280,6 +286,7 @@ func TestRingFull(t *testing.T) {
 
 // One failed write is repeated from the ring: nobody needs to know.
 func TestWriteRepeated(t *testing.T) {
+	once(t)
 	o := ringOptions(t)
 	fail := 0
 	o.sync = func(*os.File) error {
@@ -307,6 +314,7 @@ func TestWriteRepeated(t *testing.T) {
 // Somebody cuts the ring: the process lives, what was in it alone is void, and
 // the log goes on in mapped files.
 func TestRingCut(t *testing.T) {
+	once(t)
 	o := ringOptions(t)
 	dir := t.TempDir()
 	l, _ := open(t, dir, o)
@@ -338,6 +346,7 @@ func TestRingCut(t *testing.T) {
 
 // The same, noticed by the committer alone.
 func TestRingGone(t *testing.T) {
+	once(t)
 	o := ringOptions(t)
 	dir := t.TempDir()
 	l, _ := open(t, dir, o)
@@ -416,14 +425,18 @@ func TestKillKeepsPublished(t *testing.T) {
 	exe, err := os.Executable()
 	must(t, err)
 	var appended uint64
-	for round := range 15 {
+	rounds, step := 15, 9 // milliseconds between the kills
+	if testing.Short() {
+		rounds, step = 6, 25
+	}
+	for round := range rounds {
 		cmd := exec.Command(exe)
 		cmd.Env = append(os.Environ(), "WAL_TEST_CHILD="+dir, "WAL_TEST_RING="+ringDir, "WAL_TEST_NOWAIT=1")
 		cmd.Stderr = os.Stderr
 		out, err := cmd.StdoutPipe()
 		must(t, err)
 		must(t, cmd.Start())
-		time.AfterFunc(time.Duration(15+9*round)*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		time.AfterFunc(time.Duration(15+step*round)*time.Millisecond, func() { _ = cmd.Process.Kill() })
 		sc := bufio.NewScanner(out)
 		for sc.Scan() {
 			line := sc.Text()

@@ -61,7 +61,20 @@ func needRing(t testing.TB) {
 	}
 }
 
-// The tests ran with the ring: run them again in mapped files.
+// again is set in the run of TestInMappedFiles, which is short.
+var again = os.Getenv("WAL_TEST_AGAIN") != ""
+
+// once marks a test that names its mode, or in which none plays a part:
+// TestInMappedFiles does not repeat it.
+func once(t testing.TB) {
+	t.Helper()
+	if again {
+		t.Skip("the run with a ring does it")
+	}
+}
+
+// The tests ran with the ring: run those again in mapped files that are not the
+// same there.
 func TestInMappedFiles(t *testing.T) {
 	if testMode == ModeMapped {
 		t.Log("this run is in mapped files")
@@ -71,12 +84,8 @@ func TestInMappedFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"-test.count=1"}
-	if testing.Short() {
-		args = append(args, "-test.short")
-	}
-	cmd := exec.CommandContext(t.Context(), exe, args...)
-	cmd.Env = append(os.Environ(), "WAL_TEST_MODE=mapped", "WAL_TEST_RING="+ringDir)
+	cmd := exec.CommandContext(t.Context(), exe, "-test.count=1", "-test.short")
+	cmd.Env = append(os.Environ(), "WAL_TEST_MODE=mapped", "WAL_TEST_AGAIN=1", "WAL_TEST_RING="+ringDir)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	must(t, cmd.Start()) // before others run beside this test, as TestKill says

@@ -11,6 +11,7 @@ import (
 // A segment that cannot be read, or that ends before it should, is damage; what a
 // window reads is what the mapping holds, however large its frames and groups are.
 func TestWindow(t *testing.T) {
+	once(t)
 	t.Parallel()
 	dir := t.TempDir()
 	o := inMode(Options{SegmentBytes: 4 << 20, MaxBytes: 12 << 20})

@@ -14,8 +14,8 @@ import (
 
 // A floor is what no log can do better than: one page into a file whose extents
 // were written before, made durable. Nothing is checked, nothing is found again.
-// Batched it is what many who wait cannot do better than: their bytes in one write,
-// and one broadcast.
+// Batched it is no bound but a strong reference, the harness' own batching: the bytes
+// of all who wait in one write, and one broadcast.
 type floor struct {
 	mu    sync.Mutex
 	file  *os.File

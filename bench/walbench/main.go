@@ -12,8 +12,8 @@
 // "Batched" peers get from the harness what ours has inside: everybody who
 // arrives during a sync shares the next one.
 //
-// Bytes written are those of the device, so nothing else may write to it
-// meanwhile; they are 0 on a file system without a device of its own (btrfs).
+// Bytes written are those of the device, other processes' included, so nothing
+// else should write to it meanwhile; they are 0 on a file system without a device of its own (btrfs).
 // What /proc/self/io counts is in a leg's result, too, and says little: it
 // counts a page when it becomes dirty, and a large folio whole.
 package main

@@ -288,12 +288,12 @@ How to read this:
 
 - **batched**: the harness batches for the peer as ours does inside, with one sync for everybody who arrived during the one before. The other lines are the peer as shipped; bbolt Batch and the pebble record log batch themselves.
 - **autonomy/wal** runs as a node does by default, with its ring in memory; **in mapped files** is what it falls back to.
-- **floor**: one page of a file that was written before, made durable. It keeps nothing that could be read again. Batched it is the bytes of all who wait, in one write, and one broadcast that wakes them: no log that batches can be faster with as many goroutines.
+- **floor**: one page of a file that was written before, made durable. It keeps nothing that could be read again. Batched it is the bytes of all who wait, in one write, and one broadcast that wakes them. That is the harness' own batching, a strong reference and no bound: a log that groups or wakes better can pass it.
 - **append without waiting** reads the clock once for each append, %s ns of p50 and p99 here; the mean has none of that. Ours is in memory that survives the process; pebble's is in its heap until it is flushed.
 - **drain** reads the whole log once it is warm. tidwall/wal, bbolt and SQLite check no record; etcd reads all of it into memory first.
 - **drain to OTLP requests** reads, checks and frames OTLP records; nothing is sent. proto.Marshal encodes the same records from messages that are already built, in requests of the same size.
 - **open** of ours follows a process that ended without closing, and checks every record. tidwall/wal was closed, and reads its last segment.
-- **written to the device** is the whole device's counter: nothing else may write to it meanwhile.
+- **written to the device** is the whole device's counter. It also counts what other processes and the file system write meanwhile, and so does the target for bytes written: on a machine that is not idle both are too high.
 - **allocations** are those of the whole process divided by its records; under one in twenty they count as none.
 `, r.clock())
 	return b.String()
