@@ -202,6 +202,7 @@ func TestLevels(t *testing.T) {
 		"no cgroup":           {all(Check{Name: "cgroup_v2", Result: Failed}), Reduced},
 		"no controllers":      {all(Check{Name: "cgroup_controllers", Result: Failed}), Reduced},
 		"some controllers":    {all(Check{Name: "cgroup_controllers", Result: Degraded}), Reduced},
+		"no namespaces":       {all(Check{Name: "namespaces", Result: Failed}), Reduced},
 		"no eBPF":             {all(Check{Name: "ebpf_connect", Result: Failed}), Reduced},
 		"old Landlock":        {all(Check{Name: "landlock", Result: Degraded}), Reduced},
 		"no Landlock":         {all(Check{Name: "landlock", Result: Failed}), None},

@@ -25,6 +25,7 @@ var Table = []Requirement{
 	{"cgroup_v2", "", OK, "a stopped tool leaves processes"},
 	{"cgroup_controllers", "", OK, "limits of a policy are refused"},
 	{"ebpf_connect", "", OK, "a process can connect anywhere"},
+	{"namespaces", "", OK, "a tool sees the host's files and processes"},
 	{"landlock", Degraded, OK, "a tool opens what its user can"},
 	{"seccomp", OK, OK, "a tool can use every system call"},
 	{"privileges", "", Degraded, "nothing can be set up"},

@@ -30,7 +30,7 @@ func Probe(ctx context.Context, o Options) Report {
 	start := time.Now()
 	r := Report{Time: start.UTC(), Kernel: kernel()}
 	scratch := os.TempDir()
-	probes := []func(context.Context) []Check{probeCgroup, func(context.Context) []Check { return probeLandlock(scratch) }, probeSeccomp, probePrivileges, probeClock}
+	probes := []func(context.Context) []Check{probeCgroup, func(ctx context.Context) []Check { return probeNamespaces(ctx, scratch) }, func(context.Context) []Check { return probeLandlock(scratch) }, probeSeccomp, probePrivileges, probeClock}
 	if o.StateDir != "" {
 		scratch = o.StateDir
 		probes = append([]func(context.Context) []Check{

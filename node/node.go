@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/autonomyops/autonomy/assurance"
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/auth"
 	"github.com/autonomyops/autonomy/internal/event"
 	"github.com/autonomyops/autonomy/internal/otlp"
@@ -96,6 +97,7 @@ type node struct {
 	slots     *prepared.Slots
 	faults    []prepared.Fallback
 	local     *prepared.Active // from --policy
+	sandbox   *sandbox.Sandbox
 	tools     atomic.Pointer[tool.Registry]
 	restarts  *tool.Restarts // of upstream MCP servers
 	memory    *memory
@@ -159,6 +161,10 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if n.restarts, err = tool.OpenRestarts(filepath.Join(cfg.StateDir, "mcp-restarts.json")); err != nil {
 		return run.Exit(run.Integrity, err)
 	}
+	if err := n.openSandbox(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.sandbox.Close()) }()
 	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
 	registry, err := n.loadTools(ctx)
 	if err != nil {
@@ -452,7 +458,7 @@ func (n *node) provisioning() func(done, total int64) {
 }
 
 func (n *node) loadTools(ctx context.Context) (*tool.Registry, error) {
-	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Restarts: n.restarts})
+	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Restarts: n.restarts, Sandbox: n.sandbox})
 }
 
 // retire closes a registry that a reload replaced, once no call can hold it.
@@ -578,7 +584,7 @@ func (n *node) policyMismatch(m prepared.Mismatch) {
 func (n *node) noteStart(unknown int) {
 	n.note(wal.ClassLifecycle, event.NodeStarted, map[string]any{
 		"version": run.Version, "durability": n.cfg.Durability, "assurance": n.report.Load().Level, "listen": n.addrs,
-		"recovered_records": n.recovery.Records, "outcome_unknown": unknown,
+		"recovered_records": n.recovery.Records, "outcome_unknown": unknown, "sandbox": n.sandbox.Layers(),
 	})
 	n.notePolicy()
 	if unknown > 0 {
@@ -729,6 +735,7 @@ type Status struct {
 	MCP        mcp.Stats         `json:"mcp"`
 	Labels     map[string]string `json:"labels,omitempty"`
 	Assurance  assurance.Report  `json:"assurance"`
+	Sandbox    []sandbox.Layer   `json:"sandbox"` // what holds programs here
 }
 
 // PolicyStatus is the slots, and the operator's file while that is in force.
@@ -739,7 +746,7 @@ type PolicyStatus struct {
 
 func (n *node) status() any {
 	s := Status{NodeID: n.id, KeyID: n.keyID, Version: run.Version, StartedAt: n.started, Durability: n.cfg.Durability, Listen: n.addrs,
-		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.logStats(), Labels: n.cfg.Labels, Assurance: *n.report.Load()}
+		NotReady: n.notReady(), Policy: PolicyStatus{SlotStatus: n.slots.Status()}, WAL: n.logStats(), Labels: n.cfg.Labels, Assurance: *n.report.Load(), Sandbox: n.sandbox.Layers()}
 	if a := n.Current(); a != nil && a == n.local {
 		s.Policy.Local = &a.Meta
 	}

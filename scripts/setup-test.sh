@@ -5,6 +5,7 @@
 #	setup-test.sh           a C compiler, file systems, an OCI registry, an OpenTelemetry Collector,
 #	                        npm packages for the tests of the Model Context Protocol
 #	setup-test.sh cosign    cosign, for the test that lets it verify our signatures
+#	setup-test.sh vm        qemu and a Debian kernel, for make vm-test
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
@@ -139,6 +140,42 @@ cosign() {
 	say cosign "$bin"
 }
 
+# The kernel's package is unpacked, not installed. The newest there is: that of
+# the release's backports, else the release's own.
+vm() {
+	local dir=$cache_bin/vm-kernel tool package missing=()
+	for tool in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static xz:xz-utils zstd:zstd mkfs.ext4:e2fsprogs; do
+		PATH=$PATH:/usr/sbin:/sbin command -v "${tool%:*}" >/dev/null || missing+=("${tool#*:}")
+	done
+	if [ ${#missing[@]} -gt 0 ]; then
+		say vm "installing ${missing[*]}"
+		apt_install "${missing[@]}"
+	fi
+	if ls "$dir"/boot/vmlinuz-* >/dev/null 2>&1; then
+		say vm "$(echo "$dir"/boot/vmlinuz-*)"
+		return
+	fi
+	say vm "fetching a Debian kernel"
+	scratch
+	chmod 755 "$scratch"
+	mkdir -p "$scratch"/{lists/partial,archives/partial,root}
+	local mirror codename options=(-o "Dir::State::lists=$scratch/lists" -o "Dir::Cache=$scratch" -o Dir::Etc::sourceparts=/dev/null -o "Dir::Etc::sourcelist=$scratch/sources")
+	codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+	mirror=$({ cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true; } | grep -oE 'https?://[^ ]+/debian/?( |$)' | head -1 | tr -d ' ') || true
+	[ -n "$mirror" ] || die "no Debian mirror in the sources of apt: put a kernel and its modules into $dir (boot/vmlinuz-VERSION, lib/modules/VERSION)"
+	for suite in "$codename-backports" "$codename"; do
+		echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" >"$scratch/sources"
+		apt-get "${options[@]}" update -qq >/dev/null 2>&1 || continue
+		package=$(apt-cache "${options[@]}" depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
+		[ -n "$package" ] && (cd "$scratch" && apt-get "${options[@]}" download -qq "$package" >/dev/null 2>&1) && break
+	done
+	ls "$scratch"/linux-image-*.deb >/dev/null 2>&1 || die "no kernel package could be fetched from $mirror"
+	dpkg-deb -x "$scratch"/linux-image-*.deb "$scratch/root"
+	mv "$scratch/root" "$dir"
+	rm -rf "$scratch"
+	say vm "$(echo "$dir"/boot/vmlinuz-*)"
+}
+
 case ${1:-} in
 "")
 	compiler
@@ -148,5 +185,6 @@ case ${1:-} in
 	npm_packages
 	;;
 cosign) cosign ;;
-*) die "unknown argument $1: use none, or cosign" ;;
+vm) vm ;;
+*) die "unknown argument $1: use none, cosign or vm" ;;
 esac

@@ -119,9 +119,16 @@ var rules = []rule{
 
 // unsafeFiles may import unsafe or map files into memory, each for its reason.
 var unsafeFiles = map[string]string{
-	"assurance/confine/confine.go": "the probe hands structures to Landlock and seccomp in calls that x/sys/unix does not wrap",
-	"prepared/irvm/value.go":       "a policy's values are 24 bytes each and refer to texts in the input: one pointer that the collector knows, told apart by the kind beside it",
-	"wal/mmap.go":                  "the log's segments are mapped: recovery and readers see the bytes that the kernel has, and an append is a copy",
+	"assurance/confine/confine.go":       "the probe hands structures to Landlock and seccomp in calls that x/sys/unix does not wrap",
+	"assurance/sandbox/fork.go":          "a child that shares memory until it becomes the program, by the runtime's hooks for forking",
+	"assurance/sandbox/landlock.go":      "structures of Landlock",
+	"assurance/sandbox/script.go":        "the calls that a child makes are built beforehand, with pointers to what they need",
+	"assurance/sandbox/seccomp.go":       "the filter's structure",
+	"assurance/sandbox/seccomp_calls.go": "names mmap and mremap among the calls that a program may make; uses neither",
+	"assurance/sandbox/steps.go":         "structures of capabilities and resource limits",
+	"assurance/sandbox/view.go":          "structure of openat2",
+	"prepared/irvm/value.go":             "a policy's values are 24 bytes each and refer to texts in the input: one pointer that the collector knows, told apart by the kind beside it",
+	"wal/mmap.go":                        "the log's segments are mapped: recovery and readers see the bytes that the kernel has, and an append is a copy",
 }
 
 // dialImports and dialSymbols are the ways out of a process.
@@ -169,10 +176,10 @@ var packages = []pkg{
 	{"node/call", []string{"prepared", "wal", "node/tool", "node/tool/executor", anyInternal}},
 	{"node/httpapi", []string{"node/call", "node/tool", anyInternal}},
 	{"node/mcp", []string{"node/call", "node/tool", anyInternal}},
-	{"node/tool", []string{"node/tool/...", anyInternal}},
+	{"node/tool", []string{"node/tool/...", "assurance/sandbox", anyInternal}},
 	{"node/tool/executor", []string{anyInternal}},
 	{"node/tool/echotool", []string{"node/tool/executor", anyInternal}},
-	{"node/tool/exectool", []string{"node/tool/executor", anyInternal}},
+	{"node/tool/exectool", []string{"node/tool/executor", "assurance/sandbox", anyInternal}},
 	{"node/tool/fstool", []string{"node/tool/executor", anyInternal}},
 	{"node/tool/httptool", []string{"node/tool/executor", anyInternal}},
 	{"node/tool/mcptool", []string{"node/tool/executor", "node/tool/httptool", anyInternal}},

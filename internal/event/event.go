@@ -153,6 +153,8 @@ type ActionBody struct {
 
 	OutputDigest string `json:"output_digest,omitempty"`
 	OutputBytes  int64  `json:"output_bytes,omitempty"`
+
+	Sandbox json.RawMessage `json:"sandbox,omitempty"` // what a program used, and was refused
 }
 
 // LimitedBody is the body of a CallerLimited.

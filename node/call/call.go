@@ -551,6 +551,10 @@ func (p *Pipeline) recordAction(dec *otlp.Record, res *tool.Result, layer string
 		b = appendField(b, "error_code", res.Code)
 		b = appendField(b, "error", res.Message)
 	}
+	if len(res.Confinement) > 0 {
+		b = append(b, `,"sandbox":`...)
+		b = append(b, res.Confinement...)
+	}
 	var output []byte
 	switch {
 	case len(res.Output) == 0:

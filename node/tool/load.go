@@ -18,6 +18,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/conf"
 	"github.com/autonomyops/autonomy/node/tool/echotool"
 	"github.com/autonomyops/autonomy/node/tool/exectool"
@@ -147,6 +148,16 @@ type (
 		Env       []string  `yaml:"env"`
 		Dir       string    `yaml:"dir"`
 		OutputMax conf.Size `yaml:"output_max"`
+
+		FS        []string          `yaml:"fs"`
+		Egress    []string          `yaml:"egress"`
+		MemoryMax conf.Size         `yaml:"memory_max"`
+		PidsMax   int64             `yaml:"pids_max"`
+		CPUMax    string            `yaml:"cpu_max"`
+		IOMax     conf.Size         `yaml:"io_max"`
+		TmpMax    conf.Size         `yaml:"tmp_max"`
+		User      string            `yaml:"user"`
+		Secrets   map[string]string `yaml:"secrets"`
 	}
 	execConfig struct {
 		processConfig
@@ -160,6 +171,12 @@ type (
 		MaxBytes conf.Size `yaml:"max_bytes"`
 	}
 )
+
+// exec is what every program is given.
+func (c *processConfig) exec(o Options) exectool.Config {
+	return exectool.Config{Env: c.Env, Dir: c.Dir, OutputMax: int64(c.OutputMax), FS: c.FS, Egress: c.Egress, User: c.User, Secrets: c.Secrets, Sandbox: o.Sandbox,
+		Limits: sandbox.Limits{Memory: int64(c.MemoryMax), Pids: c.PidsMax, CPU: c.CPUMax, IO: int64(c.IOMax), Tmp: int64(c.TmpMax)}}
+}
 
 // kinds are the tools there are; execPrefix takes a name of the file's choice.
 var kinds = []string{"tool.echo", "tool.exec.", "tool.fs.read", "tool.fs.write", "tool.http_get", "tool.http_request", "tool.shell"}
@@ -200,7 +217,7 @@ func (r *Registry) build(d *decoder, e entry, o Options) (*Tool, error) {
 		if !d.decode(e.node, &c) {
 			return nil, nil
 		}
-		t, err := exectool.NewShell(exectool.Config{Env: c.Env, Dir: c.Dir, OutputMax: int64(c.OutputMax)})
+		t, err := exectool.NewShell(c.exec(o))
 		if err != nil {
 			return nil, err
 		}
@@ -213,7 +230,9 @@ func (r *Registry) build(d *decoder, e entry, o Options) (*Tool, error) {
 		if !d.decode(e.node, &c) {
 			return nil, nil
 		}
-		t, err := exectool.New(exectool.Config{Argv: c.Argv, Params: c.Params, Stdin: c.Stdin, Env: c.Env, Dir: c.Dir, OutputMax: int64(c.OutputMax)})
+		cfg := c.exec(o)
+		cfg.Argv, cfg.Params, cfg.Stdin = c.Argv, c.Params, c.Stdin
+		t, err := exectool.New(cfg)
 		if err != nil {
 			return nil, err
 		}

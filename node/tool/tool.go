@@ -39,6 +39,7 @@ import (
 	"github.com/gowebpki/jcs"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/node/tool/executor"
@@ -238,6 +239,7 @@ func (t *Tool) Unenforceable(c constraint.Constraints) string {
 // node.
 type Options struct {
 	Resolver httptool.Resolver // nil: the system's
+	Sandbox  *sandbox.Sandbox  // confines programs; nil: they are held by a process group only
 	Logger   *slog.Logger      // nil: nothing is logged
 	Restarts *Restarts         // of upstream MCP servers; nil: counted in memory
 }

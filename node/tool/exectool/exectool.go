@@ -9,21 +9,27 @@
 // stands after the element "--": otherwise a file name could be an option.
 // The program, argv[0], is an absolute path without a slot.
 //
-// Life of a call: build argv → start in a process group of its own, with the
-// declared environment, working directory and standard input, and no other
-// descriptor → wait → kill what is left of the group → collect. At the end of
-// the context the whole group gets SIGKILL at once: a tool has no claim to a
-// grace period. Standard output and error are read to the end and kept up to
-// the limit. A process that leaves the group (setsid) is not found by this
-// package; Execute then returns after DrainDelay all the same.
+// Life of a call: build argv → narrow what the tool may do by what policy allows
+// for this call → start in the sandbox (assurance/sandbox), with the declared
+// environment, working directory, standard input and secrets, and no other
+// descriptor → wait → kill what is left → collect. At the end of the context
+// everything gets SIGKILL at once: a tool has no claim to a grace period.
+// Standard output and error are read to the end and kept up to the limit.
+// Without a sandbox (nil in Config) there is a process group only; a process
+// that leaves it (setsid) is then not found, and Execute returns after
+// sandbox.DrainDelay all the same.
+//
+// fs and egress are lists of what the program may see and reach beside the
+// system's own programs: the tool's in tools.yaml, and policy's. What both allow
+// holds. The program and its working directory are always seen, read-only.
 //
 // The output is {"exit_code","stdout","stderr"}, with "stdout_encoding":
 // "base64" for what is no UTF-8 text, and "truncated": true when either stream
 // was cut. An exit code other than 0 is the error exit_nonzero.
 //
-// Limits of a policy that need the kernel's help (memory_max, pids_max,
-// cpu_max, egress, fs) are refused here, not ignored: what a decision claims is
-// what happens (INV-05).
+// Limits that the sandbox cannot keep on this platform are refused, not ignored:
+// what a decision claims is what happens (INV-05). Usage and refused attempts go
+// into Result.Confinement, for the action record.
 //
 // Units: bytes, time.Duration. A Tool is immutable and safe for concurrent use.
 package exectool
@@ -35,19 +41,14 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
-	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/autonomyops/autonomy/internal/constraint"
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/strictjson"
 	"github.com/autonomyops/autonomy/node/tool/executor"
 )
@@ -60,6 +61,8 @@ const (
 	CodeParams      = "params_refused"     // error: params do not fit the template
 	CodeArgument    = "argument_denied"    // denied: a value that would be read as an option
 	CodeConstraint  = "constraint_refused" // denied: a limit that cannot be kept here
+	CodeConfine     = "confine_failed"     // denied: the sandbox could not be set up, so the program was not started
+	CodeMemory      = "memory_exceeded"    // error: the program needed more memory than it may have
 )
 
 // Limits.
@@ -71,10 +74,6 @@ const (
 	MaxArgs          = 256                     // elements of a template
 	maxArgBytes      = 128 << 10               // one argument; the kernel's own limit (MAX_ARG_STRLEN)
 )
-
-// DrainDelay is how long Execute waits for the output pipes once the program has
-// ended: a process that left the group may hold them open for ever.
-const DrainDelay = 500 * time.Millisecond
 
 // Param is one param of a template.
 type Param struct {
@@ -96,7 +95,17 @@ type Config struct {
 	Env       []string         // "NAME": the node's value, if it has one; "NAME=value": that value. Nothing else is passed
 	Dir       string           // working directory, absolute; "": /
 	OutputMax int64            // bytes kept of each stream; 0: DefaultOutputMax
+
+	FS      []string          // "ro:PATH" or "rw:PATH", absolute
+	Egress  []string          // "host:port", "prefix:port"; none: no network
+	Limits  sandbox.Limits    // policy can lower them
+	User    string            // name or number; "": a user of the call's own, where the node is root
+	Secrets map[string]string // variable → file, read for each call; the variable holds the path of a descriptor
+	Sandbox *sandbox.Sandbox  // nil: none
 }
+
+// maxSecret bounds one secret's file. 64 KiB.
+const maxSecret = 64 << 10
 
 // Tool is the executor.
 type Tool struct {
@@ -104,6 +113,10 @@ type Tool struct {
 	argv   []element
 	env    []string
 	schema json.RawMessage
+	fs     []sandbox.Path
+	egress []sandbox.Endpoint
+	user   *sandbox.User
+	box    *sandbox.Sandbox
 }
 
 // element is one argument: literal and slot parts in turn.
@@ -190,10 +203,10 @@ func New(cfg Config) (*Tool, error) {
 	if t.schema, err = schema(cfg); err != nil {
 		faults = append(faults, err)
 	}
+	faults = append(faults, t.confinement(cfg)...)
 	if err := errors.Join(faults...); err != nil {
 		return nil, err
 	}
-	closeOthers()
 	return t, nil
 }
 
@@ -349,7 +362,7 @@ type output struct {
 // Execute runs the program.
 func (t *Tool) Execute(ctx context.Context, r *executor.Request) executor.Result {
 	if refused := t.Unenforceable(r.Constraints); refused != "" {
-		return executor.Deny(CodeConstraint, "policy limits "+refused+" for this call, and nothing on this node enforces that for a program yet: remove the constraint, or deny the call")
+		return executor.Deny(CodeConstraint, "policy limits "+refused+" for this call, and this platform cannot keep that for a program (autonomy doctor says why): remove the constraint, or deny the call")
 	}
 	values, err := t.values(r.Params)
 	if err != nil {
@@ -362,25 +375,19 @@ func (t *Tool) Execute(ctx context.Context, r *executor.Request) executor.Result
 		}
 		return executor.Fail(CodeParams, err.Error())
 	}
+	cmd, err := t.command(r.Constraints)
+	if err != nil {
+		return executor.Deny(CodeConstraint, err.Error())
+	}
+	cmd.Argv = argv
+	if in := values[t.cfg.Stdin]; in != "" {
+		cmd.Stdin = []byte(in)
+	}
 	limit := t.cfg.OutputMax
 	if n := r.Constraints.OutputMaxBytes; n > 0 {
 		limit = min(limit, n)
 	}
-	return run(ctx, argv, t.narrow(r.Constraints.Env), t.cfg.Dir, values[t.cfg.Stdin], limit, r.Constraints.OutputMaxBytes)
-}
-
-// Unenforceable names the limits that this package cannot keep.
-func (t *Tool) Unenforceable(c constraint.Constraints) string {
-	var names []string
-	for _, l := range []struct {
-		name string
-		set  bool
-	}{{"memory_max", c.MemoryMax != 0}, {"pids_max", c.PidsMax != 0}, {"cpu_max", c.CPUMax != ""}, {"egress", c.Egress != nil}, {"fs", c.FS != nil}} {
-		if l.set {
-			names = append(names, l.name)
-		}
-	}
-	return strings.Join(names, ", ")
+	return t.run(ctx, cmd, limit, r.Constraints.OutputMaxBytes)
 }
 
 // narrow keeps the variables that policy names. nil names all.
@@ -491,89 +498,63 @@ func (t *Tool) number(e element) bool {
 	return len(e.parts) == 1 && (kind == "integer" || kind == "number")
 }
 
-// run starts argv and sees it to its end.
-func run(ctx context.Context, argv, env []string, dir, stdin string, streamMax, totalMax int64) executor.Result {
+// run starts the command and sees it to its end.
+func (t *Tool) run(ctx context.Context, cmd *sandbox.Command, streamMax, totalMax int64) executor.Result {
 	stdout, stderr := &capped{limit: streamMax}, &capped{limit: streamMax}
-	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Env, cmd.Dir = env, dir
-	cmd.Stdout, cmd.Stderr = stdout, stderr
-	if stdin != "" {
-		cmd.Stdin = strings.NewReader(stdin)
+	p, err := t.box.Start(ctx, cmd)
+	switch {
+	case err == nil:
+	case errors.Is(err, sandbox.ErrLayer), errors.Is(err, sandbox.ErrPath), errors.Is(err, sandbox.ErrEgress):
+		return executor.Deny(CodeConstraint, err.Error())
+	case errors.Is(err, sandbox.ErrConfine):
+		return executor.Deny(CodeConfine, err.Error())
+	default:
+		return executor.Fail(CodeStart, err.Error())
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = DrainDelay
-	if err := cmd.Start(); err != nil {
-		return executor.Fail(CodeStart, startError(err))
-	}
-	pid := cmd.Process.Pid
-	killGroup := func() { _ = unix.Kill(-pid, unix.SIGKILL) } // ESRCH: nobody is left
-
-	// The group is killed only while its leader is not reaped: a zombie keeps the
-	// number, so the signal cannot meet a stranger that got it next.
-	killed := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() { defer close(killed); killGroup() })
-	awaitExit(pid)
-	if !stop() {
-		<-killed
-	}
-	killGroup()           // what the program left running in its group
-	waitErr := cmd.Wait() // reaps; ends the copying after DrainDelay at most
-
-	return result(ctx, cmd.ProcessState, waitErr, stdout, stderr, totalMax)
+	ended := p.Wait(ctx, stdout.write, stderr.write)
+	res := result(ctx, &ended, stdout, stderr, totalMax)
+	res.Confinement = confinement(&ended)
+	return res
 }
 
-// awaitExit returns when the child has ended, and leaves it unreaped.
-func awaitExit(pid int) {
-	for {
-		if err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil); !errors.Is(err, unix.EINTR) {
-			return
-		}
-	}
-}
-
-// startError leaves out the argument list, which can hold what the caller would
-// not want in a log.
-func startError(err error) string {
-	var pe *os.PathError
-	if errors.As(err, &pe) {
-		return "start " + pe.Path + ": " + pe.Err.Error()
-	}
-	return "start: " + err.Error()
-}
-
-func result(ctx context.Context, st *os.ProcessState, waitErr error, stdout, stderr *capped, totalMax int64) executor.Result {
+func result(ctx context.Context, e *sandbox.Ended, stdout, stderr *capped, totalMax int64) executor.Result {
 	o, oCut := stdout.take(math.MaxInt64)
 	rest := int64(math.MaxInt64)
 	if totalMax > 0 {
 		rest = max(0, totalMax-int64(len(o)))
 	}
-	e, eCut := stderr.take(rest)
-	out := output{ExitCode: st.ExitCode(), Truncated: oCut || eCut}
+	x, xCut := stderr.take(rest)
+	out := output{ExitCode: -1, Truncated: oCut || xCut}
+	if e.Status.Exited() {
+		out.ExitCode = e.Status.ExitStatus()
+	}
 	out.Stdout, out.StdoutEncoding = executor.Text(o, oCut)
-	out.Stderr, out.StderrEncoding = executor.Text(e, eCut)
+	out.Stderr, out.StderrEncoding = executor.Text(x, xCut)
 	body, err := executor.Encode(out)
 	if err != nil {
 		return executor.Fail(CodeStart, "encode the output: "+err.Error())
 	}
-	ws, _ := st.Sys().(syscall.WaitStatus)
+	fail := func(code, message string) executor.Result {
+		return executor.Result{Outcome: executor.Error, Output: body, Code: code, Message: message}
+	}
 	switch {
-	case ctx.Err() != nil && ws.Signaled():
+	case ctx.Err() != nil && e.Status.Signaled():
 		r := executor.Stopped(ctx)
 		r.Output = body
 		return r
-	case ws.Signaled():
-		return executor.Result{Outcome: executor.Error, Output: body, Code: CodeSignal, Message: "the program was ended by the signal " + ws.Signal().String()}
-	case st.ExitCode() != 0:
-		return executor.Result{Outcome: executor.Error, Output: body, Code: CodeExitNonzero, Message: fmt.Sprintf("the program ended with exit code %d", st.ExitCode())}
-	case waitErr != nil && !errors.Is(waitErr, exec.ErrWaitDelay) && !errors.Is(waitErr, unix.EPIPE):
-		return executor.Result{Outcome: executor.Error, Output: body, Code: CodeStart, Message: "collect the output: " + waitErr.Error()}
+	case e.Usage.OOMKills > 0:
+		return fail(CodeMemory, "the program was ended: it needed more memory than this call may have")
+	case e.Status.Signaled():
+		return fail(CodeSignal, "the program was ended by the signal "+e.Status.Signal().String())
+	case out.ExitCode != 0:
+		return fail(CodeExitNonzero, fmt.Sprintf("the program ended with exit code %d", out.ExitCode))
 	}
 	return executor.Result{Outcome: executor.OK, Output: body}
 }
 
-// capped keeps the first limit bytes and counts the rest. The program never
-// blocks on it. It has a lock because a copy that outlives DrainDelay may still
-// write while the result is made.
+// capped keeps the first limit bytes and notes whether there were more. The
+// program never blocks on it. It has a lock because it is written by one
+// goroutine and read by another.
 type capped struct {
 	limit int64
 
@@ -582,7 +563,7 @@ type capped struct {
 	cut bool
 }
 
-func (c *capped) Write(p []byte) (int, error) {
+func (c *capped) write(p []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	keep := p
@@ -590,7 +571,6 @@ func (c *capped) Write(p []byte) (int, error) {
 		keep, c.cut = p[:room], true
 	}
 	c.buf = append(c.buf, keep...)
-	return len(p), nil
 }
 
 // take returns at most n of the kept bytes, and whether any are missing.
@@ -602,9 +582,3 @@ func (c *capped) take(n int64) ([]byte, bool) {
 	}
 	return slices.Clone(c.buf), c.cut
 }
-
-// closeOthers marks every descriptor above 2 close-on-exec. Go's own are; those
-// that the node was started with may not be.
-var closeOthers = sync.OnceFunc(func() {
-	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) // kernels before 5.11: Go's own flags remain
-})

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/autonomyops/autonomy/assurance/sandbox"
 	"github.com/autonomyops/autonomy/internal/constraint"
 	"github.com/autonomyops/autonomy/node/tool/executor"
 )
@@ -162,8 +163,9 @@ func TestNoSurvivors(t *testing.T) {
 	}
 }
 
-// TestEscapedSession shows what this package cannot do without a cgroup: a
-// process in a session of its own lives on. The call still ends.
+// TestEscapedSession shows what a process group alone cannot do: a process in a
+// session of its own lives on. The call still ends. TestSandboxed has the same
+// with a sandbox.
 func TestEscapedSession(t *testing.T) {
 	pids := filepath.Join(t.TempDir(), "pids")
 	x := script(t, `setsid sh -c 'echo $$ >`+pids+`; exec sleep 100' & while [ ! -s `+pids+` ]; do :; done; echo done`)
@@ -172,7 +174,7 @@ func TestEscapedSession(t *testing.T) {
 	if r.Outcome != executor.OK || out.Stdout != "done\n" {
 		t.Errorf("%+v %+v", r, out)
 	}
-	if took := time.Since(start); took > 4*DrainDelay {
+	if took := time.Since(start); took > 4*sandbox.DrainDelay {
 		t.Errorf("took %s: the pipe that is held open must not hold the call", took)
 	}
 	b, err := os.ReadFile(pids)

@@ -63,6 +63,10 @@ type Result struct {
 	Output  []byte // a JSON object in valid UTF-8, at most MaxOutput bytes; nil when there is none
 	Code    string // of an error, timeout, kill or denial: stable, for programs
 	Message string // the same for a person; never holds a secret
+
+	// Confinement is a JSON object in valid UTF-8 for the action record: what the
+	// call used, and what the sandbox refused it. nil when there was none.
+	Confinement []byte
 }
 
 // MaxOutput is the largest Result.Output, in bytes, whatever a tool is
