@@ -158,13 +158,13 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	if err := n.loadPolicy(ctx); err != nil {
 		return err
 	}
-	if n.restarts, err = tool.OpenRestarts(filepath.Join(cfg.StateDir, "mcp-restarts.json")); err != nil {
-		return run.Exit(run.Integrity, err)
-	}
 	if err := n.openSandbox(ctx); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.sandbox.Close()) }()
+	if n.restarts, err = tool.OpenRestarts(filepath.Join(cfg.StateDir, "mcp-restarts.json")); err != nil {
+		return run.Exit(run.Integrity, err)
+	}
 	n.files = look([]string{cfg.Tools, cfg.file}) // before they are read: a change from here on is seen
 	registry, err := n.loadTools(ctx)
 	if err != nil {
@@ -458,7 +458,7 @@ func (n *node) provisioning() func(done, total int64) {
 }
 
 func (n *node) loadTools(ctx context.Context) (*tool.Registry, error) {
-	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Restarts: n.restarts, Sandbox: n.sandbox})
+	return tool.LoadContext(ctx, n.cfg.Tools, tool.Options{Logger: n.log, Sandbox: n.sandbox, Restarts: n.restarts})
 }
 
 // retire closes a registry that a reload replaced, once no call can hold it.

@@ -10,7 +10,7 @@ import (
 	"sync"
 
 	"github.com/open-policy-agent/opa/v1/ast"
-	"github.com/open-policy-agent/opa/v1/metrics"
+	"github.com/open-policy-agent/opa/v1/bundle"
 	"github.com/open-policy-agent/opa/v1/rego"
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
@@ -63,12 +63,13 @@ var capabilities = sync.OnceValue(func() *ast.Capabilities {
 // holds the bundle's data in memory and no other resource.
 type Program struct {
 	bundle   *Bundle
-	query    rego.PreparedEvalQuery
-	options  []rego.EvalOption // those that are the same for every evaluation
-	usesTime bool              // calls time.now_ns
-	limits   irvm.Limits       // with all fields set
-	vm       *irvm.Program     // without a plan where the interpreter has to do it all
+	usesTime bool          // calls time.now_ns
+	limits   irvm.Limits   // with all fields set
+	vm       *irvm.Program // without a plan where the interpreter has to do it all
 	engine   engine
+
+	// oracle is the interpreter, made when it is needed first.
+	oracle func() (*interpreter, error)
 }
 
 // Bundle is what the program was compiled from.
@@ -107,10 +108,7 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 	if err != nil {
 		return nil, err
 	}
-	modules := make(map[string]*ast.Module, len(parsed.Modules))
-	for _, m := range parsed.Modules {
-		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
-	}
+	modules := modulesOf(parsed)
 	if faults := checkModules(modules); len(faults) > 0 {
 		return nil, joined(faults)
 	}
@@ -119,17 +117,10 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 	if err != nil {
 		return nil, fmt.Errorf("data: %w", err)
 	}
-	var store storage.Store = &dataStore{data: data}
-	txn, err := store.NewTransaction(ctx)
+	store := &dataStore{data: data}
+	c, err := compileModules(modules, storage.NonEmpty(ctx, store, readOnly{}))
 	if err != nil {
-		return nil, fmt.Errorf("open data: %w", err)
-	}
-	c := ast.NewCompiler().
-		WithCapabilities(capabilities()).
-		WithDefaultRegoVersion(ast.RegoV1).
-		WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
-	if c.Compile(modules); c.Failed() {
-		return nil, c.Errors
+		return nil, err
 	}
 	entry := entryRef(b.Entrypoint)
 	if len(c.GetRulesExact(entry)) == 0 {
@@ -140,44 +131,50 @@ func compile(ctx context.Context, b *Bundle, o Options) (p *Program, err error) 
 		return nil, fmt.Errorf("no rule %s%s: define it, or name another as the entrypoint%s",
 			either, entry, nearest(b.Entrypoint, entrypoints(modules)))
 	}
-	asked := []func(*rego.Rego){
+	p = &Program{bundle: b.light(), limits: o.Limits.WithDefaults()}
+	p.engine.every, p.engine.report = uint64(max(0, o.SelfCheck)), o.OnMismatch
+	if c.Required != nil {
+		p.usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
+	}
+	p.vm, err = lower(ctx, data, o, asked(c, entry))
+	switch {
+	case err == nil && o.SelfCheck == 0:
+		p.oracle = sync.OnceValues(func() (*interpreter, error) { return rereadInterpreter(p.bundle, entry, store) })
+		return p, nil
+	case err == nil:
+		return p, p.interpretBy(ctx, c, entry, store)
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	}
+	p.vm = irvm.Empty(o.Limits)
+	p.engine.leave(err.Error())
+	// The interpreter has it all to do: a store that holds OPA's own values is
+	// the fastest for it.
+	return p, p.interpretBy(ctx, c, entry, inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true)))
+}
+
+// compileModules has OPA compile a policy. conflicts tells whether there is data
+// at a path; nil if that was asked before.
+func compileModules(modules map[string]*ast.Module, conflicts func([]string) (bool, error)) (*ast.Compiler, error) {
+	c := ast.NewCompiler().
+		WithCapabilities(capabilities()).
+		WithDefaultRegoVersion(ast.RegoV1).
+		WithPathConflictsCheck(conflicts)
+	if c.Compile(modules); c.Failed() {
+		return nil, c.Errors
+	}
+	return c, nil
+}
+
+// asked is the query for a rule.
+func asked(c *ast.Compiler, entry ast.Ref) []func(*rego.Rego) {
+	return []func(*rego.Rego){
 		rego.ParsedQuery(ast.NewBody(ast.NewExpr(ast.NewTerm(entry)))),
 		rego.Compiler(c),
 		rego.Capabilities(capabilities()),
 		rego.StrictBuiltinErrors(true),
 		rego.SetRegoVersion(ast.RegoV1),
 	}
-	p = &Program{bundle: b.light(), limits: o.Limits.WithDefaults()}
-	p.engine.every, p.engine.report = uint64(max(0, o.SelfCheck)), o.OnMismatch
-	if p.vm, err = lower(ctx, data, o, asked); err != nil {
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
-		}
-		p.vm = irvm.Empty(o.Limits)
-		p.engine.leave(err.Error())
-		// The interpreter has it all to do: a store that holds OPA's own values
-		// is the fastest for it.
-		store = inmem.NewFromObjectWithOpts(parsed.Data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
-		if txn, err = store.NewTransaction(ctx); err != nil {
-			return nil, fmt.Errorf("open data: %w", err)
-		}
-	}
-
-	// The store is never written. The one read transaction lives as long as the
-	// program and is freed with it.
-	p.query, err = rego.New(append(asked, rego.Store(store), rego.Transaction(txn), rego.Target("rego"))...).PrepareForEval(ctx)
-	if err != nil {
-		return nil, err
-	}
-	p.options = []rego.EvalOption{
-		rego.EvalTransaction(txn),
-		rego.EvalMetrics(metrics.NoOp()),
-		rego.EvalGenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
-	}
-	if c.Required != nil {
-		p.usesTime = slices.ContainsFunc(c.Required.Builtins, func(b *ast.Builtin) bool { return b.Name == "time.now_ns" })
-	}
-	return p, nil
 }
 
 // lower compiles the plan of the query. The error is the reason for which the
@@ -191,6 +188,14 @@ func lower(ctx context.Context, data irvm.Value, o Options, asked []func(*rego.R
 		return nil, fmt.Errorf("OPA has no plan for this policy: %w", err)
 	}
 	return irvm.Compile(plan, data, irvm.Options{Limits: o.Limits, Capabilities: capabilities()})
+}
+
+func modulesOf(parsed *bundle.Bundle) map[string]*ast.Module {
+	modules := make(map[string]*ast.Module, len(parsed.Modules))
+	for _, m := range parsed.Modules {
+		modules[strings.TrimPrefix(m.Path, "/")] = m.Parsed
+	}
+	return modules
 }
 
 // entryRef turns "autonomy/decision" into data.autonomy.decision.

@@ -46,6 +46,12 @@
 // Options.SelfCheck a share of all evaluations is done by both. docs/adr has
 // the reasons.
 //
+// OPA's compiler and syntax trees are several times as large as the compiled
+// engine. A compiled program without SelfCheck keeps none of them: the first
+// evaluation that needs the interpreter makes it, from the bundle's bytes, which
+// takes as long as loading did, and those that need it too wait. If that fails
+// they are denied.
+//
 // An evaluation is bounded in input bytes (MaxInputBytes), steps, time and
 // memory (EvalLimits; the interpreter in time only). Past a bound it ends with
 // ErrBudget, which denies.

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/rego"
-	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/autonomyops/autonomy/prepared/irvm"
 )
@@ -121,7 +119,11 @@ func (p *Program) decide(m *irvm.Machine, v irvm.Value, dst *Decision) error {
 // interpret evaluates by OPA's interpreter. more options are for Explain, which
 // traces.
 func (p *Program) interpret(ctx context.Context, m *irvm.Machine, in irvm.Value, now int64, dst *Decision, more ...rego.EvalOption) error {
-	answer, err := p.topdown(ctx, in.AST(), time.Unix(0, now).UTC(), more...)
+	oracle, err := p.oracle()
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrEvaluation, err)
+	}
+	answer, err := oracle.eval(ctx, p.limits.Time, in.AST(), time.Unix(0, now).UTC(), more...)
 	if err != nil || answer == nil {
 		if err == nil {
 			err = p.decide(m, irvm.Value{}, dst)
@@ -133,39 +135,6 @@ func (p *Program) interpret(ctx context.Context, m *irvm.Machine, in irvm.Value,
 		return machineError(err)
 	}
 	return p.decide(m, v, dst)
-}
-
-// topdown is nil without an error for an undefined answer.
-func (p *Program) topdown(ctx context.Context, in ast.Value, now time.Time, more ...rego.EvalOption) (ast.Value, error) {
-	// One Cancel for the timeout and the context. OPA's own way is a goroutine
-	// per evaluation.
-	cancel := topdown.NewCancel()
-	timer := time.AfterFunc(p.limits.Time, cancel.Cancel)
-	defer timer.Stop()
-	if ctx.Done() != nil {
-		defer context.AfterFunc(ctx, cancel.Cancel)()
-	}
-	options := append(p.options[:len(p.options):len(p.options)],
-		rego.EvalParsedInput(in), rego.EvalTime(now), rego.EvalExternalCancel(cancel))
-	rs, err := p.query.Eval(ctx, append(options, more...)...)
-	switch {
-	case err != nil && topdown.IsCancel(err):
-		if ctx.Err() != nil {
-			return nil, fmt.Errorf("%w: %w", ErrBudget, context.Cause(ctx))
-		}
-		return nil, fmt.Errorf("%w: over %s", ErrBudget, p.limits.Time)
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", ErrEvaluation, err)
-	case len(rs) == 0:
-		return nil, nil
-	case len(rs) > 1 || len(rs[0].Expressions) != 1:
-		return nil, fmt.Errorf("%w: %d answers, want one", ErrResult, len(rs))
-	}
-	v, ok := rs[0].Expressions[0].Value.(ast.Value)
-	if !ok {
-		return nil, fmt.Errorf("%w: %T is no value", ErrResult, rs[0].Expressions[0].Value)
-	}
-	return v, nil
 }
 
 // now is what time.now_ns returns: the input's time_ns. It is never the wall

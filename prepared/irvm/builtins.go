@@ -1,6 +1,7 @@
 package irvm
 
 import (
+	"maps"
 	"math"
 	"slices"
 	"unicode/utf8"
@@ -81,9 +82,8 @@ func init() { // not a literal: some of them call others by name
 		"time.now_ns":    func0(func(m *Machine) Value { return intValue(m.now) }),
 		"internal.print": void(func(*Machine) {}),
 	}
-	for name, f := range nativeStrings {
-		native[name] = f
-	}
+	maps.Copy(native, nativeStrings)
+	maps.Copy(native, nativeTimes)
 }
 
 type (

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"sort"
 	"time"
 
+	"github.com/gobwas/glob"
 	"github.com/open-policy-agent/opa/v1/topdown"
 )
 
@@ -100,6 +102,9 @@ type Machine struct {
 	text    arena[byte]
 
 	strings map[string]string // texts that results had before; see KeepString
+	regexps cache[string, *regexp.Regexp]
+	globs   cache[globKey, *glob.Pattern]
+	zones   cache[string, *time.Location]
 }
 
 // A memo holds the values of rules without arguments. A `with` gives its block

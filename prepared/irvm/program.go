@@ -17,7 +17,11 @@ func Empty(l Limits) *Program {
 }
 
 func (p *Program) newMachine() *Machine {
-	return &Machine{prog: p, regs: make([]Value, p.regs), frames: []frame{{entries: make([]memoEntry, p.memos)}}}
+	// What is small and written in every evaluation has room enough to fill
+	// cache lines of its own: another machine's must not lie beside it.
+	m := &Machine{prog: p, regs: make([]Value, p.regs), frames: make([]frame, 1, 4), result: make([]Value, 0, 8)}
+	m.frames[0].entries = make([]memoEntry, p.memos)
+	return m
 }
 
 // Machine gives out a machine for one evaluation. The caller releases it when

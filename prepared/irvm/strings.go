@@ -37,7 +37,10 @@ var nativeStrings = map[string]any{
 	"strings.any_prefix_match": func2(anyAffix("strings.any_prefix_match", strings.HasPrefix)),
 	"strings.any_suffix_match": func2(anyAffix("strings.any_suffix_match", strings.HasSuffix)),
 
+	"internal.template_string": func1(templateString),
+
 	"regex.match":       special(regexMatch),
+	"regex.replace":     special(regexReplace),
 	"net.cidr_contains": special(cidrContains),
 	"glob.match":        special(globMatch),
 
@@ -194,7 +197,14 @@ func substring(m *Machine, text, from, length Value) Value {
 	s := text.str()
 	m.charge(len(s) >> 5)
 	if !isASCII(s) {
-		return m.callForeign("substring", text, from, length)
+		if !utf8.ValidString(s) { // OPA replaces what is not
+			return m.callForeign("substring", text, from, length)
+		}
+		s = s[runeOffset(s, start):]
+		if n >= 0 {
+			s = s[:runeOffset(s, n)]
+		}
+		return stringValue(s)
 	}
 	start = min(start, int64(len(s)))
 	if n < 0 {
@@ -203,14 +213,29 @@ func substring(m *Machine, text, from, length Value) Value {
 	return stringValue(s[start : start+min(n, int64(len(s))-start)])
 }
 
+// runeOffset is where in s the rune n begins, len(s) if there are fewer.
+func runeOffset(s string, n int64) int {
+	for i := range s {
+		if n == 0 {
+			return i
+		}
+		n--
+	}
+	return len(s)
+}
+
 func indexOf(m *Machine, s, search string) Value {
 	if search == "" {
 		return m.failed()
 	}
-	if !isASCII(s) || !isASCII(search) {
+	if !utf8.ValidString(s) || !utf8.ValidString(search) { // OPA finds U+FFFD in it
 		return m.callForeign("indexof", stringValue(s), stringValue(search))
 	}
-	return intValue(int64(strings.Index(s, search)))
+	at := strings.Index(s, search)
+	if at > 0 {
+		at = utf8.RuneCountInString(s[:at])
+	}
+	return intValue(int64(at))
 }
 
 func formatInt(m *Machine, n, base Value) Value {
@@ -274,6 +299,58 @@ func sprintf(m *Machine, format, list Value) Value {
 		used++
 	}
 	return made(b)
+}
+
+// templateString joins what $"…{x}…" consists of: texts, and for each x a set of
+// its value, which is empty if it is undefined.
+func templateString(m *Machine, parts Value) Value {
+	if parts.kind() != Array {
+		return m.failed()
+	}
+	elems := parts.array().elems
+	n := 0
+	for _, e := range elems {
+		p, ok := templatePart(e)
+		if !ok {
+			return m.callForeign("internal.template_string", parts)
+		}
+		n += 24
+		if p.kind() == String {
+			n += int(p.n)
+		}
+	}
+	m.charge(len(elems) + n>>5)
+	b := m.takeText(n)[:0]
+	for _, e := range elems {
+		switch p, _ := templatePart(e); p.kind() {
+		case Undefined:
+			b = append(b, "<undefined>"...)
+		case String:
+			b = append(b, p.str()...)
+		default:
+			b = p.AppendJSON(b)
+		}
+	}
+	return made(b)
+}
+
+// templatePart is the value that a part of a template stands for. Not ok: OPA
+// must print it.
+func templatePart(v Value) (Value, bool) {
+	if v.kind() == Set {
+		elems := v.set().elems
+		if len(elems) == 0 {
+			return Value{}, true
+		}
+		if v = elems[0]; len(elems) > 1 {
+			return v, false
+		}
+	}
+	switch v.kind() {
+	case Null, Bool, Int, String:
+		return v, true
+	}
+	return v, false
 }
 
 // anyAffix tells whether one of the texts begins (or ends) with one of the

@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
-	"net"
 	"net/netip"
 	"regexp"
 	"regexp/syntax"
@@ -17,8 +16,24 @@ import (
 
 // regexMatch compiles a constant pattern once, and looks for a text that every
 // match contains before it runs the expression: most values contain none.
+// Patterns that are not constant are kept by the machine.
 func regexMatch(_ *compiler, args []operand, to result) op {
-	if !args[0].isConst() || args[0].value.kind() != String {
+	if !args[0].isConst() {
+		f := func2(func(m *Machine, pattern, v Value) Value {
+			if pattern.kind() != String || v.kind() != String {
+				return m.failed()
+			}
+			re := m.regexp(pattern.str())
+			if re == nil {
+				return m.failed()
+			}
+			m.charge(1 + 2*int(v.n))
+			return boolValue(re.MatchString(v.str()))
+		})
+		pattern, text := args[0], args[1]
+		return func(m *Machine, r []Value) int { return to.put(r, f(m, pattern.get(r), text.get(r))) }
+	}
+	if args[0].value.kind() != String {
 		return nil
 	}
 	pattern := args[0].value.str()
@@ -45,6 +60,124 @@ func regexMatch(_ *compiler, args []operand, to result) op {
 		}
 		return to.put(r, boolValue(found))
 	}
+}
+
+// regexp is a pattern made ready; nil if it is none.
+func (m *Machine) regexp(pattern string) *regexp.Regexp {
+	if re, ok := m.regexps.get(pattern); ok {
+		return re
+	}
+	m.charge(16 * (16 + len(pattern)))
+	re, err := regexp.Compile(string([]byte(pattern)))
+	if err != nil {
+		return nil
+	}
+	if len(pattern) <= maxCachedBytes {
+		m.regexps.put(re.String(), re)
+	}
+	return re
+}
+
+// maxReplaced bounds the result of a replacement that is done here, in bytes.
+const maxReplaced = 64 << 10
+
+// regexReplace does constant patterns whose matches can be found one by one
+// without memory; see replaceable. The rest, and replacements that refer to
+// groups, are OPA's.
+func regexReplace(c *compiler, args []operand, to result) op {
+	if !args[1].isConst() || args[1].value.kind() != String {
+		return nil
+	}
+	pattern := args[1].value.str()
+	re, err := regexp.Compile(pattern)
+	if err != nil {
+		return nil
+	}
+	parsed, err := syntax.Parse(pattern, syntax.Perl)
+	if err != nil {
+		return nil
+	}
+	shortest, once := minMatch(parsed), anchored(parsed)
+	if shortest == 0 || !once && looksBehind(parsed) {
+		return nil
+	}
+	otherwise := c.foreign("regex.replace", args, to)
+	text, by := args[0], args[2]
+	return func(m *Machine, r []Value) int {
+		v, with := text.get(r), by.get(r)
+		if v.kind() != String || with.kind() != String || strings.Contains(with.str(), "$") {
+			return otherwise(m, r)
+		}
+		s, w := v.str(), with.str()
+		matches := len(s) / shortest
+		if once {
+			matches = min(matches, 1)
+		}
+		most := len(s) + matches*len(w)
+		if most > maxReplaced || !utf8.ValidString(s) {
+			return otherwise(m, r)
+		}
+		m.charge(1 + 2*len(s))
+		match := re.FindString(s)
+		if match == "" { // no match is empty
+			return to.put(r, v)
+		}
+		if once && w == "" {
+			return to.put(r, stringValue(s[len(match):]))
+		}
+		out := m.takeText(most)[:0]
+		for match != "" {
+			at := offset(match, s)
+			out = append(append(out, s[:at]...), w...)
+			if s = s[at+len(match):]; once {
+				break
+			}
+			match = re.FindString(s)
+		}
+		return to.put(r, made(append(out, s...)))
+	}
+}
+
+// minMatch is how many bytes a match of re has at least.
+func minMatch(re *syntax.Regexp) int {
+	switch re.Op {
+	case syntax.OpLiteral:
+		return len(re.Rune)
+	case syntax.OpCharClass, syntax.OpAnyChar, syntax.OpAnyCharNotNL:
+		return 1
+	case syntax.OpCapture, syntax.OpPlus:
+		return minMatch(re.Sub[0])
+	case syntax.OpRepeat:
+		return re.Min * minMatch(re.Sub[0])
+	case syntax.OpConcat:
+		n := 0
+		for _, sub := range re.Sub {
+			n += minMatch(sub)
+		}
+		return n
+	case syntax.OpAlternate:
+		n := minMatch(re.Sub[0])
+		for _, sub := range re.Sub[1:] {
+			n = min(n, minMatch(sub))
+		}
+		return n
+	}
+	return 0
+}
+
+// anchored reports whether re matches at the beginning of the text only.
+func anchored(re *syntax.Regexp) bool {
+	return re.Op == syntax.OpBeginText || re.Op == syntax.OpConcat && re.Sub[0].Op == syntax.OpBeginText
+}
+
+// looksBehind reports whether re asks what is before a place in the text: then
+// it does not find in the rest of a text what it finds in the text.
+func looksBehind(re *syntax.Regexp) bool {
+	switch re.Op {
+	case syntax.OpBeginLine, syntax.OpBeginText, syntax.OpWordBoundary, syntax.OpNoWordBoundary:
+		return true
+	}
+	return slices.ContainsFunc(re.Sub, looksBehind)
 }
 
 func containsAny(s string, needles []string) bool {
@@ -107,9 +240,13 @@ func shortest(texts []string) int {
 	return n
 }
 
-// globMatch compiles a constant pattern with constant delimiters once.
+// A globKey is what a glob was made of.
+type globKey struct{ pattern, delimiters string }
+
+// globMatch compiles a constant pattern once. Those that are not constant are
+// kept by the machine. Delimiters that are not are OPA's.
 func globMatch(_ *compiler, args []operand, to result) op {
-	if !args[0].isConst() || args[0].value.kind() != String || !args[1].isConst() {
+	if !args[1].isConst() {
 		return nil
 	}
 	delimiters := []rune{}
@@ -129,11 +266,29 @@ func globMatch(_ *compiler, args []operand, to result) op {
 	default:
 		return nil
 	}
+	text := args[2]
+	if !args[0].isConst() {
+		pattern, key := args[0], string(delimiters)
+		return func(m *Machine, r []Value) int {
+			p, v := pattern.get(r), text.get(r)
+			if p.kind() != String || v.kind() != String {
+				return to.put(r, m.failed())
+			}
+			g := m.glob(globKey{p.str(), key}, delimiters)
+			if g == nil {
+				return to.put(r, m.failed())
+			}
+			m.charge(1 + 2*int(v.n))
+			return to.put(r, boolValue(g.Match(v.str())))
+		}
+	}
+	if args[0].value.kind() != String {
+		return nil
+	}
 	pattern, err := glob.Compile(args[0].value.str(), delimiters...)
 	if err != nil {
 		return nil
 	}
-	text := args[2]
 	return func(m *Machine, r []Value) int {
 		v := text.get(r)
 		if v.kind() != String {
@@ -142,6 +297,23 @@ func globMatch(_ *compiler, args []operand, to result) op {
 		m.charge(2 * int(v.n))
 		return to.put(r, boolValue(pattern.Match(v.str())))
 	}
+}
+
+// glob is a pattern made ready; nil if it is none.
+func (m *Machine) glob(k globKey, delimiters []rune) *glob.Pattern {
+	if g, ok := m.globs.get(k); ok {
+		return g
+	}
+	m.charge(16 * (16 + len(k.pattern)))
+	k.pattern = string([]byte(k.pattern))
+	g, err := glob.Compile(k.pattern, delimiters...)
+	if err != nil {
+		return nil
+	}
+	if len(k.pattern) <= maxCachedBytes {
+		m.globs.put(k, g)
+	}
+	return g
 }
 
 // digest is a builtin that prints a hash of a text.
@@ -183,23 +355,38 @@ func base64Decode(m *Machine, a Value) Value {
 // cidrContains parses a constant network once. An address is looked up in it
 // here; another network as second operand is OPA's.
 func cidrContains(c *compiler, args []operand, to result) op {
-	if !args[0].isConst() || args[0].value.kind() != String {
-		return nil
-	}
-	_, network, err := net.ParseCIDR(args[0].value.str())
-	if err != nil {
-		return nil
-	}
 	otherwise := c.foreign("net.cidr_contains", args, to)
-	text := args[1]
+	network, text := args[0], args[1]
+	var known netip.Prefix
+	if network.isConst() {
+		if known = prefixOf(network.value); !known.IsValid() {
+			return otherwise
+		}
+	}
 	return func(m *Machine, r []Value) int {
-		v := text.get(r)
-		if v.kind() == String {
+		p := known
+		if !p.IsValid() {
+			p = prefixOf(network.get(r))
+		}
+		if v := text.get(r); v.kind() == String && p.IsValid() {
+			m.charge(2)
 			if a, err := netip.ParseAddr(v.str()); err == nil && a.Zone() == "" {
-				b := a.As16()
-				return to.put(r, boolValue(network.Contains(b[:])))
+				return to.put(r, boolValue(p.Contains(a.Unmap())))
 			}
 		}
 		return otherwise(m, r)
 	}
+}
+
+// prefixOf is the network that v writes. It is not valid where OPA may see
+// another one: package net takes an IPv4-mapped one for one of IPv4.
+func prefixOf(v Value) netip.Prefix {
+	if v.kind() != String {
+		return netip.Prefix{}
+	}
+	p, err := netip.ParsePrefix(v.str())
+	if err != nil || p.Addr().Is4In6() {
+		return netip.Prefix{}
+	}
+	return p
 }

@@ -126,6 +126,11 @@ func stringOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b
 // bytesOf is s as bytes, which must not be changed.
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
+// offset is where in s its part lies. It reads no memory.
+func offset(part, s string) int {
+	return int(uintptr(unsafe.Pointer(unsafe.StringData(part))) - uintptr(unsafe.Pointer(unsafe.StringData(s))))
+}
+
 func arrayValue(a *array) Value   { return Value{k: uint64(Array), p: unsafe.Pointer(a)} }
 func objectValue(o *object) Value { return Value{k: uint64(Object), p: unsafe.Pointer(o)} }
 func setValue(s *set) Value       { return Value{k: uint64(Set), p: unsafe.Pointer(s)} }
