@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -42,13 +43,18 @@ const loneTools = `tools:
     params:
       file: {type: string}
       seconds: {type: string}
+    fs: ["rw:MARKS"]
 `
 
 func newLone(t *testing.T, listen string, args ...string) *lone {
 	t.Helper()
 	l := &lone{t: t, dir: t.TempDir(), http: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}}
 	l.write("policy/p.rego", "package autonomy\n\nimport rego.v2\n\ndefault decision := {\"allow\": false}\n\ndecision := {\"allow\": true} if input.kind in {\"tool.echo\", \"tool.exec.mark\"}\n")
-	l.write("tools.yaml", loneTools)
+	marks := l.path("marks")
+	if err := errors.Join(os.Mkdir(marks, 0o700), os.Chmod(marks, 0o777)); err != nil { // a program in the sandbox has a user of its own
+		t.Fatal(err)
+	}
+	l.write("tools.yaml", strings.ReplaceAll(loneTools, "MARKS", marks))
 	out, err := exec.Command(testutil.Build(t, "autonomy"), "policy", "build", l.path("policy"), "--name", "p", "--version", "1.0.0", "--out", l.path("p.tar.gz")).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -141,7 +147,7 @@ func TestIdempotency(t *testing.T) {
 	mark := func(id, file, seconds string) string {
 		return fmt.Sprintf(`{"kind":"tool.exec.mark","params":{"file":%q,"seconds":%q},"call_id":%q}`, file, seconds, id)
 	}
-	done, cut := l.path("done"), l.path("cut")
+	done, cut := l.path("marks/done"), l.path("marks/cut")
 
 	first := l.must(mark("a", done, "0"), "")
 	if first.Status != 200 || first.Outcome != "ok" || first.Replayed {
