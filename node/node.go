@@ -136,7 +136,13 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	}
 	n.memory = limitMemory(int64(cfg.MemoryLimit), log)
 	n.tuning.Store(cfg.tuning())
-	if err := n.assure(ctx); err != nil {
+	// The probe waits for the kernel and the disk; the policy, which only reads, is
+	// compiled meanwhile.
+	compiled := make(chan error, 1)
+	go func() { compiled <- n.compileLocal(ctx) }()
+	err = n.assure(ctx)
+	policyErr := <-compiled
+	if err != nil {
 		return err // before anything is written: the directory may not be ours
 	}
 	if n.id, err = identity(cfg); err != nil {
@@ -154,6 +160,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger, stderr io.Writer) (e
 	// time at the first start.
 	if err := n.loadTrust(); err != nil {
 		return err
+	}
+	if policyErr != nil {
+		return policyErr
 	}
 	if err := n.loadPolicy(ctx); err != nil {
 		return err

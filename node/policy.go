@@ -24,14 +24,22 @@ func compatible(b *prepared.Bundle) error { return verify.CheckRuntime(b.Require
 func (n *node) loadPolicy(ctx context.Context) error {
 	var err error
 	n.slots, n.faults, err = prepared.OpenSlots(ctx, filepath.Join(n.cfg.StateDir, "policy"),
-		prepared.SlotsOptions{HealthWindow: n.cfg.PolicyGood, Compatible: compatible,
-			Compile: prepared.Options{SelfCheck: n.cfg.PolicyCheck, OnMismatch: n.policyMismatch}})
+		prepared.SlotsOptions{HealthWindow: n.cfg.PolicyGood, Compatible: compatible, Compile: n.compileOptions()})
 	if err != nil {
 		return err
 	}
 	for _, f := range n.faults {
 		n.log.Error("policy slot cannot be used", "slot", f.Slot, "why", f.Why, "replacement", f.Replacement)
 	}
+	return nil
+}
+
+func (n *node) compileOptions() prepared.Options {
+	return prepared.Options{SelfCheck: n.cfg.PolicyCheck, OnMismatch: n.policyMismatch}
+}
+
+// compileLocal makes the program of --policy. It writes nothing.
+func (n *node) compileLocal(ctx context.Context) error {
 	if n.cfg.Policy == "" {
 		return nil
 	}
@@ -42,7 +50,7 @@ func (n *node) loadPolicy(ctx context.Context) error {
 	if err := compatible(b); err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--policy %s: %w", n.cfg.Policy, err))
 	}
-	p, err := n.slots.Compile(ctx, b)
+	p, err := prepared.CompileWith(ctx, b, n.compileOptions())
 	if err != nil {
 		return run.Exit(run.Usage, fmt.Errorf("--policy %s: %w", n.cfg.Policy, err))
 	}

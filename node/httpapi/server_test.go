@@ -141,7 +141,7 @@ func serveAs(t *testing.T, rego string, gate call.GateOptions, change func(*http
 		for range 2 {
 			select {
 			case <-done:
-			case <-time.After(5 * time.Second):
+			case <-time.After(30 * time.Second):
 				t.Error("Serve did not return after Shutdown")
 			}
 		}
@@ -161,7 +161,7 @@ func (a *api) raw(network, request string) (*http.Response, string) {
 		a.t.Fatal(err)
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 	if _, err := io.WriteString(c, request); err != nil {
 		a.t.Fatal(err)
 	}
@@ -341,7 +341,7 @@ func TestOverload(t *testing.T) {
 			slow <- string(body)
 		}()
 	}
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for a.log.Stats().NextSeq < 3 && time.Now().Before(deadline) {
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -360,7 +360,7 @@ func TestOverload(t *testing.T) {
 			if !strings.Contains(out, `"outcome":"killed"`) {
 				t.Errorf("the running call answered %s", out)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(30 * time.Second):
 			t.Fatal("a running call outlived the stop")
 		}
 	}
