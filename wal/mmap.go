@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -174,8 +176,28 @@ func isFault(p any) bool {
 }
 
 // dropCache forgets those of n cached bytes of f at off that are clean, so that
-// what is read next comes from the disk. m maps f; off is that of a page.
+// what is read next comes from the disk. m maps f; off is that of a page. The
+// kernel passes over pages that are being read or looked at: so it is asked again
+// for a moment while there are some. What is dirty stays.
 func dropCache(f *os.File, m []byte, off, n int64) {
-	_ = unix.Madvise(m[off:off+n], unix.MADV_DONTNEED) // of a shared mapping: only its page table
-	_ = unix.Fadvise(int(f.Fd()), off, n, unix.FADV_DONTNEED)
+	m = m[off : off+n]
+	for wait := 100 * time.Microsecond; ; wait *= 2 {
+		_ = unix.Madvise(m, unix.MADV_DONTNEED) // of a shared mapping: only its page table
+		_ = unix.Fadvise(int(f.Fd()), off, n, unix.FADV_DONTNEED)
+		if wait > 2*time.Millisecond || !cached(m) {
+			return
+		}
+		time.Sleep(wait)
+	}
+}
+
+// cached reports whether some page of m is in memory; false when the kernel does
+// not say.
+func cached(m []byte) bool {
+	if len(m) == 0 {
+		return false
+	}
+	in := make([]byte, (int64(len(m))+pageSize-1)/pageSize)
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&m[0])), uintptr(len(m)), uintptr(unsafe.Pointer(&in[0])))
+	return errno == 0 && slices.ContainsFunc(in, func(b byte) bool { return b&1 != 0 })
 }

@@ -11,19 +11,20 @@ import (
 // recover reads the whole log, decides where it ends, and makes the log ready
 // to take records there. README.md argues why that is right.
 func (l *Log) recover(rec *Recovery) error {
-	err := l.recoverOnce(rec)
+	err := l.recoverOnce(rec, false)
 	if errors.Is(err, ErrDamaged) {
 		// Judge the disk, not a page that was cached beside a direct write.
 		for _, s := range l.slots {
 			dropCache(s.file, s.m, 0, l.slotBytes)
 		}
 		l.live = l.live[:0]
-		err = l.recoverOnce(rec)
+		err = l.recoverOnce(rec, true)
 	}
 	return err
 }
 
-func (l *Log) recoverOnce(rec *Recovery) error {
+// recoverOnce reads past the page cache with direct set.
+func (l *Log) recoverOnce(rec *Recovery, direct bool) error {
 	var segs []*found
 	for _, s := range l.slots {
 		var x *found
@@ -51,7 +52,7 @@ func (l *Log) recoverOnce(rec *Recovery) error {
 	}
 	w := &walk{next: segs[0].head.first, chain: segs[0].head.chain}
 	var t tail
-	for _, p := range l.readAll(segs, rec) {
+	for _, p := range l.readAll(segs, rec, direct) {
 		if err := w.enter(p.s); err != nil {
 			return err
 		}
@@ -111,7 +112,7 @@ type part struct {
 // readAll reads the segments, several at once: how each begins stands in its
 // header, so only the seams between them are left to check. The newest comes
 // first: it takes longest.
-func (l *Log) readAll(segs []*found, rec *Recovery) []*part {
+func (l *Log) readAll(segs []*found, rec *Recovery, direct bool) []*part {
 	parts := make([]*part, len(segs))
 	for i, s := range segs {
 		parts[i] = &part{s: s}
@@ -123,7 +124,7 @@ func (l *Log) readAll(segs []*found, rec *Recovery) []*part {
 	var taken atomic.Int64
 	for range min(len(parts), runtime.GOMAXPROCS(0), maxReaders) {
 		wg.Go(func() {
-			src := &window{read: true}
+			src := &window{read: true, direct: direct}
 			for {
 				i := len(parts) - int(taken.Add(1))
 				if i < 0 {

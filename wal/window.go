@@ -1,6 +1,11 @@
 package wal
 
-import "io"
+import (
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
 
 // window is where walk reads a segment: its mapping, of which the pages that were
 // passed are given back, or, with read set, a buffer that moves over its file.
@@ -9,7 +14,10 @@ import "io"
 // no memory that grows with the log. What must outlive the walk is a view of the
 // mapping.
 type window struct {
-	read bool
+	read   bool
+	direct bool // with read: past the page cache, where the file system can do that
+
+	past *os.File // when direct: the file, opened so; nil: it cannot be
 
 	s    *found
 	buf  []byte // when read: what stands from base on
@@ -27,7 +35,10 @@ const (
 func (v *window) open(s *found, off int64) {
 	v.s, v.need, v.gone = s, off, off&^(pageSize-1)
 	v.reload(off)
-	if v.read {
+	switch {
+	case v.direct:
+		v.past, _ = os.OpenFile(s.file.Name(), os.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0) // else through the cache
+	case v.read:
 		readFileAhead(s.file)
 	}
 }
@@ -39,6 +50,10 @@ func (v *window) reload(off int64) { v.base, v.buf = off, v.buf[:0] }
 func (v *window) done() {
 	if !v.read {
 		dropPages(v.s.m[v.gone:])
+	}
+	if v.past != nil {
+		v.past.Close()
+		v.past = nil
 	}
 }
 
@@ -78,12 +93,17 @@ func (v *window) frame(off, end int64) (f frame, ok bool, err error) {
 
 // fill reads from what is still needed to at least to, at most to end.
 func (v *window) fill(to, end int64) error {
-	n := max(to-v.need, min(windowBytes, end-v.need))
-	if int64(cap(v.buf)) < n {
-		v.buf = make([]byte, n)
+	base, n := v.need, max(to-v.need, min(windowBytes, end-v.need))
+	src := v.s.file
+	if v.past != nil { // whole pages, as O_DIRECT wants them: a slot is made of those
+		src, base = v.past, v.need&^(pageSize-1)
+		n = (v.need + n - base + pageSize - 1) &^ (pageSize - 1)
 	}
-	v.base, v.buf = v.need, v.buf[:n]
-	if _, err := v.s.file.ReadAt(v.buf, v.base); err != nil {
+	if int64(cap(v.buf)) < n {
+		v.buf = pageAligned(n)
+	}
+	v.base, v.buf = base, v.buf[:n]
+	if _, err := src.ReadAt(v.buf, base); err != nil {
 		v.buf = v.buf[:0]
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF // somebody cut it
