@@ -162,7 +162,8 @@ func (r *report) page() string {
 
 Written by `+"`make bench`"+` (bench/toolbench); %d repetitions of %v, sides alternating, medians; spread is the smallest and the largest.
 
-%s- one fdatasync of 4 KiB in a file written before, in this run: %.0f µs
+%s
+- one fdatasync of 4 KiB in a file written before, in this run: %.0f µs
 
 ### Targets
 
