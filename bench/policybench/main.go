@@ -14,21 +14,18 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
+	"github.com/autonomyops/autonomy/bench/internal/legs"
 	"github.com/autonomyops/autonomy/bench/internal/results"
 	"github.com/autonomyops/autonomy/bench/policybench/leg"
 )
@@ -119,16 +116,13 @@ func run(ctx context.Context, o *options, stdout io.Writer) error {
 	begin := time.Now()
 	for rep := range o.reps {
 		for i, b := range o.plan {
-			order := slices.Clone(b.sides)
-			if rep%2 == 1 {
-				slices.Reverse(order)
-			}
-			for _, s := range order {
+			for _, s := range legs.Order(b.sides, rep) {
 				program := []string{o.peers}
 				if _, ok := own[s]; ok {
 					program = []string{self, legCommand}
 				}
-				res, err := runLeg(ctx, program, b.spec(s, work, o))
+				spec := b.spec(s, work, o)
+				res, err := legs.Run[leg.Result](ctx, program, spec, spec.Warmup+spec.Measure+legTimeout)
 				if err != nil {
 					return fmt.Errorf("%v, %s, repetition %d: %w", b, s, rep+1, err)
 				}
@@ -168,24 +162,3 @@ func writeCases(work string, plan []block) (map[string]int64, error) {
 // legTimeout is how long a leg may take beyond what it measures: a slow machine
 // compiles a megabyte of rules for a while.
 const legTimeout = 2 * time.Minute
-
-func runLeg(ctx context.Context, program []string, spec leg.Spec) (res leg.Result, err error) {
-	arg, err := json.Marshal(spec)
-	if err != nil {
-		return res, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, spec.Warmup+spec.Measure+legTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program[0], append(slices.Clone(program[1:]), string(arg))...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return res, fmt.Errorf("%s: %w\n%.2000s", filepath.Base(program[0]), errors.Join(context.Cause(ctx), err), stderr.Bytes())
-	}
-	dec := json.NewDecoder(&stdout)
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&res); err != nil {
-		return res, fmt.Errorf("%s answered what is not a result (build it anew): %w", filepath.Base(program[0]), err)
-	}
-	return res, nil
-}

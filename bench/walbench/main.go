@@ -19,23 +19,20 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/autonomyops/autonomy/bench/internal/legs"
 	"github.com/autonomyops/autonomy/bench/internal/results"
 	"github.com/autonomyops/autonomy/bench/walbench/leg"
 	"github.com/autonomyops/autonomy/wal"
@@ -144,11 +141,7 @@ func run(ctx context.Context, o *options, stdout io.Writer) error {
 	begin := time.Now()
 	for rep := range o.reps {
 		for i, b := range o.plan {
-			order := slices.Clone(b.sides)
-			if rep%2 == 1 {
-				slices.Reverse(order)
-			}
-			for _, s := range order {
+			for _, s := range legs.Order(b.sides, rep) {
 				program := []string{o.peers}
 				if _, ok := own[s.name]; ok {
 					program = []string{self, legCommand}
@@ -176,7 +169,7 @@ func measure(ctx context.Context, o *options, program []string, b block, s side,
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	for _, spec := range b.specs(s, dir, o.scale) {
-		if res, err = runLeg(ctx, program, spec); err != nil {
+		if res, err = legs.Run[leg.Result](ctx, program, spec, spec.Warmup+spec.Measure+legTimeout); err != nil {
 			return res, err
 		}
 	}
@@ -186,24 +179,3 @@ func measure(ctx context.Context, o *options, program []string, b block, s side,
 // legTimeout is how long a leg may take beyond what it measures: filling 1 GiB
 // takes a slow disk some time.
 const legTimeout = 2 * time.Minute
-
-func runLeg(ctx context.Context, program []string, spec leg.Spec) (res leg.Result, err error) {
-	arg, err := json.Marshal(spec)
-	if err != nil {
-		return res, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, spec.Warmup+spec.Measure+legTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program[0], append(slices.Clone(program[1:]), string(arg))...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return res, fmt.Errorf("%s: %w\n%.2000s", filepath.Base(program[0]), errors.Join(context.Cause(ctx), err), stderr.Bytes())
-	}
-	dec := json.NewDecoder(&stdout)
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&res); err != nil {
-		return res, fmt.Errorf("%s answered what is not a result (build it anew): %w", filepath.Base(program[0]), err)
-	}
-	return res, nil
-}
